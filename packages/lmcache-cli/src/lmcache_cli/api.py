@@ -1,0 +1,216 @@
+"""The HTTP contract, once: paths, and the shape of every body. The server builds these classes, the client reads them.
+
+Reading is tolerant, since servers of other versions and of the upstream project answer too: what is absent is None, what is
+unknown is ignored, what has the wrong type counts as absent. Writing is exact.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+HTTP_PORT = 8080
+RPC_PORT = 5555
+ENGINE_PORT = 8000
+
+PATH_ROOT = "/"
+PATH_HEALTH = "/healthcheck"
+PATH_STATUS = "/status"
+PATH_VERSION = "/version"
+PATH_CONFIG = "/config"
+PATH_METRICS = "/metrics"
+PATH_CLEAR = "/cache/clear"
+
+ENGINE_TYPE = "LMCacheServer"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Health:
+    """GET /healthcheck: 200 while a real message went through the core within the last second, else 503."""
+
+    status: str  # "healthy" | "unhealthy"
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class L1Manager:
+    """The pool. Bytes are bytes; ``memory_used_bytes`` counts extents that hold or await a chunk."""
+
+    is_healthy: bool | None = None
+    total_object_count: int | None = None
+    write_locked_count: int | None = None  # entries with a reservation
+    read_locked_count: int | None = None  # entries with a lease
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    memory_ready_bytes: int | None = None  # allocated so far; grows to the total in the background
+    memory_leased_bytes: int | None = None
+    memory_usage_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class EvictionController:
+    """Which policy frees memory."""
+
+    is_healthy: bool | None = None
+    eviction_policy: str | None = None
+
+
+@dataclass(frozen=True)
+class L2Adapter:
+    """One tier below L1."""
+
+    is_healthy: bool | None = None
+    type: str | None = None
+    backend: str | None = None
+    base_path: str | None = None
+    stored_object_count: int | None = None
+    pool_size: int | None = None
+    pool_free_slots: int | None = None
+    current_size_bytes: int | None = None
+    max_capacity_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class StorageManager:
+    """L1 and what lies below it."""
+
+    is_healthy: bool | None = None
+    l1_manager: L1Manager | None = None
+    l1_eviction_controller: EvictionController | None = None
+    l2_adapters: list[L2Adapter] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class KernelGroup:
+    """Layers of an engine that share a layout."""
+
+    kernel_group_idx: int | None = None
+    num_layers: int | None = None
+    num_blocks: int | None = None
+    tokens_per_block: int | None = None
+    num_heads: int | None = None
+    head_size: int | None = None
+    hidden_dim_size: int | None = None  # heads x head size on one rank
+    dtype: str | None = None
+    is_mla: bool | None = None
+    attention_backend: str | None = None
+    engine_kv_shape: str | None = None
+    engine_kv_concrete_shape: str | None = None
+
+
+@dataclass(frozen=True)
+class KVCacheLayout:
+    """The KV memory of one engine process."""
+
+    num_layers: int | None = None
+    num_blocks: int | None = None
+    cache_size_per_token: int | None = None  # bytes on one rank
+    kernel_groups: list[KernelGroup] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One registered engine process that copies."""
+
+    model_name: str | None = None
+    world_size: int | None = None
+    rank: int | None = None
+    engine: str | None = None
+    device_ids: list[int] = field(default_factory=list)
+    kv_cache_layout: KVCacheLayout | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """GET /status."""
+
+    is_healthy: bool | None = None
+    engine_type: str | None = None
+    version: str | None = None
+    chunk_size: int | None = None
+    hash_algorithm: str | None = None
+    active_sessions: int | None = None  # requests that hold a lease or a reservation
+    attached_processes: int | None = None
+    uptime_s: float | None = None
+    quarantined_count: int | None = None  # entries taken out because their bytes failed the check at use
+    storage_manager: StorageManager | None = None
+    registered_gpu_ids: list[int] = field(default_factory=list)
+    cache_context_meta: dict[str, Instance] = field(default_factory=dict)  # by instance id
+
+
+@dataclass(frozen=True)
+class ClearRequest:
+    """POST /cache/clear; the body may be left out."""
+
+    tier: str = "l1"
+    force: bool = False  # accepted for upstream's clients; what a lease or reservation holds is never dropped
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """Answer to POST /cache/clear."""
+
+    tier: str | None = None
+    num_entries: int | None = None
+    num_kept: int | None = None
+
+
+@dataclass(frozen=True)
+class ClearReply:
+    """Envelope of ``Cleared``."""
+
+    status: str | None = None
+    cleared: Cleared | None = None
+
+
+def to_json(value: Any) -> Any:
+    """A contract object as plain JSON values."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def from_json(cls: type[T], document: object) -> T:
+    """Read ``cls`` out of a JSON object, tolerantly (see the module's docstring).
+
+    Raises:
+        ValueError: the document is no JSON object at all.
+    """
+    if not isinstance(document, Mapping):
+        raise ValueError(f"expected a JSON object, got {type(document).__name__}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for item in fields(cls):  # type: ignore[arg-type]
+        if item.name in document:
+            read = _read(hints[item.name], document[item.name])
+            if read is not _ABSENT:
+                values[item.name] = read
+    return cls(**values)
+
+
+_ABSENT = object()
+
+
+def _read(hint: Any, value: object) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return _read(args[0], value) if value is not None else None
+    if is_dataclass(hint):
+        return from_json(typing.cast(type, hint), value) if isinstance(value, Mapping) else _ABSENT
+    if origin is list:
+        if not isinstance(value, list):
+            return _ABSENT
+        return [read for read in (_read(args[0], item) for item in value) if read is not _ABSENT]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            return _ABSENT
+        read_items = {str(key): _read(args[1], item) for key, item in value.items()}
+        return {key: item for key, item in read_items.items() if item is not _ABSENT}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool):
+        return _ABSENT
+    return value if isinstance(value, hint) else _ABSENT

@@ -1,0 +1,247 @@
+"""What travels between a client and the core, grouped by receiver. See docs/wire.md for the conversation.
+
+A frame is one version byte and one msgpack array ``[tag, id, ...]``; ``id`` is chosen by the client and comes back in the
+reply. Lists of chunks travel as one ``bytes`` each, never as msgpack lists: keys as 32-byte links, offsets and checksums as
+little-endian uint64, one after another.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+WIRE_VERSION = 1
+
+NO_EXTENT = (1 << 64) - 1
+"""Offset that stands for "none" in a reply."""
+
+KEYS_MAX = 8192
+"""Chunks named by one request: two million tokens at 256 a chunk."""
+
+FRAME_BYTES_MAX = 1 << 20
+"""A larger frame costs its sender the connection."""
+
+TOKEN_BYTES = 16
+"""Length of the secret that an attach hands out and a Hello presents."""
+
+
+class KernelGroup(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Layers of one engine that share a layout; for people and dashboards, the cache does not interpret it."""
+
+    num_layers: int
+    num_blocks: int
+    block_tokens: int
+    num_heads: int
+    head_size: int
+    dtype: str  # as torch prints it: "torch.float16"
+    is_mla: bool
+    attention_backend: str
+    shape: str  # symbolic: "NL x [2, NB, BS, NH, HS]"
+    concrete_shape: str  # "80 x [2, 2048, 128, 8, 128]"
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
+    """Base of all messages."""
+
+    id: int
+
+
+# --- received by the core ------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello"):
+    """Opens a conversation.
+
+    With an empty token it asks where to attach and is answered to any local peer. With the token that an attach handed out
+    it binds this connection to the attached instance; every other request needs that.
+    """
+
+    version: int  # WIRE_VERSION of the client
+    token: bytes = b""
+
+
+class Register(Message, tag="register", gc=True):
+    """What the engine process behind this connection stores: fixed for the life of its instance; again = replace."""
+
+    role: str  # "scheduler" (looks up) | "worker" (copies)
+    model: str
+    engine: str  # "vllm 0.32.0"
+    rank: int
+    world_size: int  # ranks whose extents make one chunk
+    extent_bytes: int  # one chunk on one rank; 0 for a scheduler
+    device_ids: tuple[int, ...] = ()
+    groups: tuple[KernelGroup, ...] = ()
+
+
+class Lookup(Message, tag="lookup"):
+    """How long a prefix of these chunks is held? Takes a lease on it when ``lease`` is set and the prefix is not empty."""
+
+    keys: bytes  # KEY_BYTES each, in prompt order
+    lease: bool = True
+    first_chunk: int = 0  # leading chunks that the engine holds itself: looked up, neither leased nor answered in detail
+    counted: bool = True  # False for a repetition on behalf of the same request: metrics count a prompt once
+
+
+class Release(Message, tag="release"):
+    """Ends a lease. ``failed`` names the chunks (little-endian uint32 indices into the lease) whose check failed."""
+
+    lease: int
+    failed: bytes = b""
+
+
+class Reserve(Message, tag="reserve"):
+    """Asks for an extent of this worker's size for each chunk that is not held yet."""
+
+    keys: bytes
+
+
+class Commit(Message, tag="commit"):
+    """Publishes the granted extents of a reservation, whose bytes are written: one checksum (uint64) each, in order."""
+
+    ticket: int
+    checksums: bytes
+
+
+class Abort(Message, tag="abort"):
+    """Gives the extents of a reservation back unpublished."""
+
+    ticket: int
+
+
+class Ping(Message, tag="ping"):
+    """Are you there?"""
+
+
+class Bye(Message, tag="bye"):
+    """Everything this instance holds may go; it will not ask again."""
+
+
+class Snapshot(Message, tag="snapshot"):
+    """State and counters for the service process (nobody else may ask)."""
+
+
+class Clear(Message, tag="clear"):
+    """Drop every entry that no lease or reservation holds (service process only)."""
+
+
+Request = Hello | Register | Lookup | Release | Reserve | Commit | Abort | Ping | Bye | Snapshot | Clear
+
+
+# --- received by the client ----------------------------------------------------------------------------------------------
+
+
+class Welcome(Message, tag="welcome"):
+    """Answer to Hello: who this is, and where to attach."""
+
+    server: bytes  # 16 bytes, new at each start of the core
+    version: int  # WIRE_VERSION of the server
+    software: str  # version of the lmcache package
+    chunk_tokens: int
+    attach_path: str  # unix stream socket that hands out the pool
+
+
+class Done(Message, tag="done"):
+    """The request was carried out; nothing more to say."""
+
+
+class Pong(Message, tag="pong"):
+    """Answer to Ping."""
+
+    ready_bytes: int  # leading part of the pool whose memory exists: a worker may map it without paying for it
+
+
+class Found(Message, tag="found"):
+    """Answer to Lookup: the first ``num_chunks`` are held.
+
+    ``offsets`` and ``checksums`` cover chunks ``first_chunk`` to ``num_chunks``, all ranks of a chunk together:
+    item ``(chunk - first_chunk) * world_size + rank``. ``lease`` 0 means that nothing is pinned (none asked, or no chunk).
+    """
+
+    num_chunks: int
+    lease: int
+    lease_s: float  # from now
+    offsets: bytes
+    checksums: bytes
+
+
+class Granted(Message, tag="granted"):
+    """Answer to Reserve. ``states`` has a byte a key: HELD, GRANTED, BUSY (another writer is at it) or FULL."""
+
+    ticket: int  # 0 when nothing was granted
+    states: bytes
+    offsets: bytes  # uint64 a key, NO_EXTENT where nothing was granted
+    ready_bytes: int
+
+
+HELD, GRANTED, BUSY, FULL = range(4)
+
+
+class Committed(Message, tag="committed"):
+    """Answer to Commit: how many of the extents are visible, or will be once the other ranks have committed theirs."""
+
+    num_chunks: int
+
+
+class Report(Message, tag="report", gc=True):
+    """Answer to Snapshot: a JSON document, shape in ``lmcache_cli.api``."""
+
+    document: bytes
+
+
+class Cleared(Message, tag="cleared"):
+    """Answer to Clear."""
+
+    num_entries: int
+    num_kept: int  # held by a lease or a reservation
+
+
+class Refused(Message, tag="refused"):
+    """The request was not carried out. ``code`` is one of the REFUSED_* words, ``message`` a sentence for a person."""
+
+    code: str
+    message: str
+    retry_ms: int = 0  # > 0: the same request may succeed after this time
+
+
+REFUSED_VERSION = "version"  # the two ends speak different wire versions
+REFUSED_REMOTE = "remote"  # the peer is not on this machine
+REFUSED_UNKNOWN = "unknown"  # this connection is bound to no attached instance: attach, then Hello
+REFUSED_INVALID = "invalid"  # the request contradicts itself or what was registered
+REFUSED_OWNER = "owner"  # the lease or ticket is not this instance's, or is gone
+REFUSED_BUSY = "busy"  # a limit is reached: see retry_ms
+REFUSED_LAYOUT = "layout"  # an extent of that size cannot be had from this pool
+
+Reply = Welcome | Done | Pong | Found | Granted | Committed | Report | Cleared | Refused
+
+
+# --- attach: one frame each way over a unix stream socket (4-byte little-endian length, msgpack) ------------------------------
+
+
+class Attach(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="attach"):
+    """First and only frame of the client; the socket then stays open, and its end is the death of the process."""
+
+    version: int
+    pid: int  # as the client sees itself, for people: credentials come from the socket
+    name: str  # "vllm worker 0"
+    want_pool: bool  # False for a process that only asks (scheduler side): no descriptor comes
+
+
+class Attached(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="attached"):
+    """Answer; with ``want_pool`` the pool's descriptor travels beside it (SCM_RIGHTS)."""
+
+    server: bytes
+    instance: int
+    token: bytes  # TOKEN_BYTES, presented in Hello
+    endpoint: str  # zmq endpoint on this machine: "ipc://..."
+    pool_bytes: int
+    ready_bytes: int
+    chunk_tokens: int
+
+
+class AttachRefused(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="attach_refused"):
+    """Answer; the socket is closed after it."""
+
+    code: str
+    message: str
+
+
+AttachReply = Attached | AttachRefused
