@@ -39,7 +39,7 @@ class KernelGroup(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     concrete_shape: str  # "80 x [2, 2048, 128, 8, 128]"
 
 
-class Message(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
+class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Base of all messages."""
 
     id: int
