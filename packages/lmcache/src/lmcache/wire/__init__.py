@@ -1,0 +1,4 @@
+"""Messages between a client and the core: what they are, how they travel, how a process attaches. No cache knowledge.
+
+Reading order: messages.py, codec.py, peer.py (zmq), poller.py; framing.py, door.py and attach.py (the attach socket).
+"""

@@ -1,8 +1,8 @@
 """What travels between a client and the core, grouped by receiver. See docs/wire.md for the conversation.
 
-A frame is one version byte and one msgpack array ``[tag, id, ...]``; ``id`` is chosen by the client and comes back in the
-reply. Lists of chunks travel as one ``bytes`` each, never as msgpack lists: keys as 32-byte links, offsets and checksums as
-little-endian uint64, one after another.
+A frame is one version byte and one msgpack array ``[tag, id, ...]``; ``id`` is chosen by the client and comes back in
+the reply. Lists of chunks travel as one ``bytes`` each, never as msgpack lists: keys as 32-byte links, offsets and
+checksums as little-endian uint64, one after another.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
     id: int
 
 
-# --- received by the core ------------------------------------------------------------------------------------------------
+# --- received by the core ---------------------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """Opens a conversation.
 
-    With an empty token it asks where to attach and is answered to any local peer. With the token that an attach handed out
-    it binds this connection to the attached instance; every other request needs that.
+    With an empty token it asks where to attach and is answered to any local peer. With the token that an attach handed
+    out it binds this connection to the attached instance; every other request needs that.
     """
 
     version: int  # WIRE_VERSION of the client
     token: bytes = b""
 
 
-class Register(Message, tag="register", gc=True):
+class Register(Message, frozen=True, tag="register", gc=True):
     """What the engine process behind this connection stores: fixed for the life of its instance; again = replace."""
 
     role: str  # "scheduler" (looks up) | "worker" (copies)
@@ -72,64 +72,64 @@ class Register(Message, tag="register", gc=True):
     groups: tuple[KernelGroup, ...] = ()
 
 
-class Lookup(Message, tag="lookup"):
-    """How long a prefix of these chunks is held? Takes a lease on it when ``lease`` is set and the prefix is not empty."""
+class Lookup(Message, frozen=True, tag="lookup"):
+    """How long a prefix of these chunks is held? Leases it if ``lease`` is set and the prefix is not empty."""
 
     keys: bytes  # KEY_BYTES each, in prompt order
     lease: bool = True
-    first_chunk: int = 0  # leading chunks that the engine holds itself: looked up, neither leased nor answered in detail
+    first_chunk: int = 0  # leading chunks that the engine holds itself: looked up, not leased nor answered in detail
     counted: bool = True  # False for a repetition on behalf of the same request: metrics count a prompt once
 
 
-class Release(Message, tag="release"):
+class Release(Message, frozen=True, tag="release"):
     """Ends a lease. ``failed`` names the chunks (little-endian uint32 indices into the lease) whose check failed."""
 
     lease: int
     failed: bytes = b""
 
 
-class Reserve(Message, tag="reserve"):
+class Reserve(Message, frozen=True, tag="reserve"):
     """Asks for an extent of this worker's size for each chunk that is not held yet."""
 
     keys: bytes
 
 
-class Commit(Message, tag="commit"):
+class Commit(Message, frozen=True, tag="commit"):
     """Publishes the granted extents of a reservation, whose bytes are written: one checksum (uint64) each, in order."""
 
     ticket: int
     checksums: bytes
 
 
-class Abort(Message, tag="abort"):
+class Abort(Message, frozen=True, tag="abort"):
     """Gives the extents of a reservation back unpublished."""
 
     ticket: int
 
 
-class Ping(Message, tag="ping"):
+class Ping(Message, frozen=True, tag="ping"):
     """Are you there?"""
 
 
-class Bye(Message, tag="bye"):
+class Bye(Message, frozen=True, tag="bye"):
     """Everything this instance holds may go; it will not ask again."""
 
 
-class Snapshot(Message, tag="snapshot"):
+class Snapshot(Message, frozen=True, tag="snapshot"):
     """State and counters for the service process (nobody else may ask)."""
 
 
-class Clear(Message, tag="clear"):
+class Clear(Message, frozen=True, tag="clear"):
     """Drop every entry that no lease or reservation holds (service process only)."""
 
 
 Request = Hello | Register | Lookup | Release | Reserve | Commit | Abort | Ping | Bye | Snapshot | Clear
 
 
-# --- received by the client ----------------------------------------------------------------------------------------------
+# --- received by the client -------------------------------------------------------------------------------------------
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome"):
     """Answer to Hello: who this is, and where to attach."""
 
     server: bytes  # 16 bytes, new at each start of the core
@@ -139,21 +139,22 @@ class Welcome(Message, tag="welcome"):
     attach_path: str  # unix stream socket that hands out the pool
 
 
-class Done(Message, tag="done"):
+class Done(Message, frozen=True, tag="done"):
     """The request was carried out; nothing more to say."""
 
 
-class Pong(Message, tag="pong"):
+class Pong(Message, frozen=True, tag="pong"):
     """Answer to Ping."""
 
     ready_bytes: int  # leading part of the pool whose memory exists: a worker may map it without paying for it
 
 
-class Found(Message, tag="found"):
+class Found(Message, frozen=True, tag="found"):
     """Answer to Lookup: the first ``num_chunks`` are held.
 
     ``offsets`` and ``checksums`` cover chunks ``first_chunk`` to ``num_chunks``, all ranks of a chunk together:
-    item ``(chunk - first_chunk) * world_size + rank``. ``lease`` 0 means that nothing is pinned (none asked, or no chunk).
+    item ``(chunk - first_chunk) * world_size + rank``. ``lease`` 0 means that nothing is pinned (none asked, or no
+    chunk).
     """
 
     num_chunks: int
@@ -163,7 +164,7 @@ class Found(Message, tag="found"):
     checksums: bytes
 
 
-class Granted(Message, tag="granted"):
+class Granted(Message, frozen=True, tag="granted"):
     """Answer to Reserve. ``states`` has a byte a key: HELD, GRANTED, BUSY (another writer is at it) or FULL."""
 
     ticket: int  # 0 when nothing was granted
@@ -175,26 +176,26 @@ class Granted(Message, tag="granted"):
 HELD, GRANTED, BUSY, FULL = range(4)
 
 
-class Committed(Message, tag="committed"):
+class Committed(Message, frozen=True, tag="committed"):
     """Answer to Commit: how many of the extents are visible, or will be once the other ranks have committed theirs."""
 
     num_chunks: int
 
 
-class Report(Message, tag="report", gc=True):
+class Report(Message, frozen=True, tag="report", gc=True):
     """Answer to Snapshot: a JSON document, shape in ``lmcache_cli.api``."""
 
     document: bytes
 
 
-class Cleared(Message, tag="cleared"):
+class Cleared(Message, frozen=True, tag="cleared"):
     """Answer to Clear."""
 
     num_entries: int
     num_kept: int  # held by a lease or a reservation
 
 
-class Refused(Message, tag="refused"):
+class Refused(Message, frozen=True, tag="refused"):
     """The request was not carried out. ``code`` is one of the REFUSED_* words, ``message`` a sentence for a person."""
 
     code: str
@@ -213,7 +214,7 @@ REFUSED_LAYOUT = "layout"  # an extent of that size cannot be had from this pool
 Reply = Welcome | Done | Pong | Found | Granted | Committed | Report | Cleared | Refused
 
 
-# --- attach: one frame each way over a unix stream socket (4-byte little-endian length, msgpack) ------------------------------
+# --- attach: one frame each way over a unix stream socket (4-byte little-endian length, msgpack) ----------------------
 
 
 class Attach(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="attach"):
