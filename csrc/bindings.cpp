@@ -1,0 +1,180 @@
+// The Python face: lmcache.transfer._native. The only file that knows Python; see _native.pyi for the contract.
+#include <pybind11/pybind11.h>
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "copy.hpp"
+#include "leaf.hpp"
+#include "xxh3.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using u8 = std::uint8_t;
+using u64 = std::uint64_t;
+
+[[noreturn]] void refuse(const std::string& sentence) { throw py::value_error(sentence); }
+
+// A view of a caller's buffer that lives as long as this object: the exporter can neither move nor free it meanwhile.
+class View {
+public:
+    View(const py::buffer& source, const char* name, bool writable = false) : name_(name) {
+        const int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
+        if (PyObject_GetBuffer(source.ptr(), &view_, flags) != 0) {
+            PyErr_Clear();
+            refuse(name_ + (writable ? " must be a writable, contiguous buffer" : " must be a contiguous buffer"));
+        }
+    }
+    ~View() { PyBuffer_Release(&view_); }
+    View(const View&) = delete;
+    View& operator=(const View&) = delete;
+
+    u8* data() const { return static_cast<u8*>(view_.buf); }
+    u64 bytes() const { return static_cast<u64>(view_.len); }
+
+    // The buffer as rows of `T`, copied: raw bytes, or items of 64-bit integers.
+    template <class T>
+    std::vector<T> rows() const {
+        if (!holds_words()) refuse(name_ + " must hold 64-bit integers in native byte order");
+        if (bytes() % sizeof(T) != 0) {
+            refuse(name_ + " has " + std::to_string(bytes()) + " bytes, which is no multiple of " + std::to_string(sizeof(T)));
+        }
+        std::vector<T> items(bytes() / sizeof(T));
+        if (!items.empty()) std::memcpy(items.data(), data(), bytes());
+        return items;
+    }
+
+private:
+    bool holds_words() const {
+        std::string_view format = view_.format == nullptr ? "B" : view_.format;
+        if (format.size() == 2 && (format[0] == '<' || format[0] == '=' || format[0] == '@')) format.remove_prefix(1);
+        if (format.size() != 1) return false;
+        const bool raw = view_.itemsize == 1 && std::string_view("Bbc").find(format[0]) != std::string_view::npos;
+        const bool words = view_.itemsize == 8 && std::string_view("qQlLnN").find(format[0]) != std::string_view::npos;
+        return raw || words;
+    }
+
+    std::string name_;
+    Py_buffer view_{};
+};
+
+// A whole number of any Python integer type (also numpy's) as uint64.
+u64 natural(const py::object& value, const char* name) {
+    const py::object number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+    if (!number) throw py::error_already_set();
+    const u64 result = PyLong_AsUnsignedLongLong(number.ptr());
+    if (result == static_cast<u64>(-1) && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        refuse(std::string(name) + " must be between 0 and 2**64 - 1");
+    }
+    return result;
+}
+
+struct Tables {
+    const py::buffer& segments;
+    const py::object& num_blocks;
+    const py::buffer& blocks;
+    const py::buffer& offsets;
+    const py::buffer& seeds;
+    const py::buffer* checksums;
+    const py::object& threads;
+};
+
+lmcache::Plan plan_of(lmcache::Direction direction, const View& pool, const Tables& tables) {
+    const u64 threads = natural(tables.threads, "threads");
+    lmcache::Plan plan{};
+    plan.direction = direction;
+    plan.pool = pool.data();
+    plan.pool_bytes = pool.bytes();
+    plan.segments = View(tables.segments, "segments").rows<lmcache::Segment>();
+    plan.num_blocks = natural(tables.num_blocks, "num_blocks");
+    plan.blocks = View(tables.blocks, "blocks").rows<std::int64_t>();
+    plan.offsets = View(tables.offsets, "offsets").rows<u64>();
+    plan.seeds = View(tables.seeds, "seeds").rows<u64>();
+    if (tables.checksums != nullptr) plan.checksums = View(*tables.checksums, "checksums").rows<u64>();
+    plan.threads = threads > lmcache::kThreadsMax ? 0 : static_cast<unsigned>(threads);
+    lmcache::check(plan);
+    return plan;
+}
+
+std::vector<u64> run(const lmcache::Plan& plan) {
+    const py::gil_scoped_release unlocked;
+    return lmcache::copy(plan, lmcache::best_kernels());
+}
+
+py::bytes store(const py::buffer& pool, const py::buffer& segments, const py::object& num_blocks, const py::buffer& blocks,
+                const py::buffer& offsets, const py::buffer& seeds, const py::object& threads) {
+    const View memory(pool, "pool", true);
+    const Tables tables{segments, num_blocks, blocks, offsets, seeds, nullptr, threads};
+    const std::vector<u64> sums = run(plan_of(lmcache::Direction::store, memory, tables));
+    return py::bytes(reinterpret_cast<const char*>(sums.data()), sums.size() * sizeof(u64));
+}
+
+py::bytes retrieve(const py::buffer& pool, const py::buffer& segments, const py::object& num_blocks,
+                   const py::buffer& blocks, const py::buffer& offsets, const py::buffer& seeds,
+                   const py::buffer& checksums, const py::object& threads) {
+    const View memory(pool, "pool");
+    const Tables tables{segments, num_blocks, blocks, offsets, seeds, &checksums, threads};
+    const lmcache::Plan plan = plan_of(lmcache::Direction::retrieve, memory, tables);
+    const std::vector<u64> sums = run(plan);
+    std::string verdicts(sums.size(), '\0');
+    for (std::size_t i = 0; i < sums.size(); ++i) verdicts[i] = sums[i] == plan.checksums[i] ? '\1' : '\0';
+    return py::bytes(verdicts);
+}
+
+u64 xxh3_64(const py::buffer& data, const py::object& seed) {
+    const View view(data, "data");
+    const u64 start = natural(seed, "seed");
+    const py::gil_scoped_release unlocked;
+    return lmcache::xxh3_64(lmcache::best_kernels(), view.data(), view.bytes(), start);
+}
+
+u64 checksum(const py::buffer& data, const py::object& seed) {
+    const View view(data, "data");
+    const u64 start = natural(seed, "seed");
+    const py::gil_scoped_release unlocked;
+    const lmcache::Kernels& kernels = lmcache::best_kernels();
+    const std::vector<u64> leaves = lmcache::leaf_hashes(kernels, view.data(), view.bytes());
+    return lmcache::checksum_of(kernels, leaves.data(), leaves.size(), start);
+}
+
+void populate(const py::buffer& pool, const py::object& offset, const py::object& length) {
+    const View view(pool, "pool", true);
+    const u64 start = natural(offset, "offset");
+    const u64 bytes = natural(length, "length");
+    if (start > view.bytes() || bytes > view.bytes() - start) {
+        refuse("a range of " + std::to_string(bytes) + " bytes at offset " + std::to_string(start) +
+               " reaches outside the pool of " + std::to_string(view.bytes()) + " bytes");
+    }
+    int error = 0;
+    {
+        const py::gil_scoped_release unlocked;
+        if (madvise(view.data() + start, bytes, MADV_POPULATE_WRITE) != 0) error = errno;
+    }
+    if (error != 0) {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw py::error_already_set();
+    }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "The copy engine: moves KV bytes between an engine's blocks and the pool, and proves them.";
+    module.attr("HAS_CUDA") = static_cast<bool>(LMCACHE_CUDA);
+    module.def("features", [] { return std::string(lmcache::best_kernels().name); });
+    module.def("xxh3_64", xxh3_64, py::arg("data"), py::arg("seed") = 0);
+    module.def("checksum", checksum, py::arg("data"), py::arg("seed"));
+    module.def("store", store, py::arg("pool"), py::arg("segments"), py::arg("num_blocks"), py::arg("blocks"),
+               py::arg("offsets"), py::arg("seeds"), py::arg("threads"));
+    module.def("retrieve", retrieve, py::arg("pool"), py::arg("segments"), py::arg("num_blocks"), py::arg("blocks"),
+               py::arg("offsets"), py::arg("seeds"), py::arg("checksums"), py::arg("threads"));
+    module.def("populate", populate, py::arg("pool"), py::arg("offset"), py::arg("length"));
+}

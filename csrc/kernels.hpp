@@ -1,0 +1,35 @@
+// Inner loops, one set per instruction set, chosen once per process by what the CPU and the kernel support.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace lmcache {
+
+// The long-input loop of XXH3 (inputs above 240 bytes): folds all of `src` into eight lanes. The variants that also write
+// need a whole number of 64-byte stripes; each stripe is loaded once, and that load feeds both the lanes and the store.
+using Accumulate = void (*)(std::uint64_t* lanes, const std::uint8_t* src, std::uint8_t* dst, std::size_t bytes,
+                            const std::uint8_t* secret);
+
+struct Kernels {
+    const char* name;
+    Accumulate hash;    // writes nothing, dst is ignored
+    Accumulate copy;    // ordinary stores, dst at any address
+    Accumulate stream;  // non-temporal stores, dst on a 64-byte boundary
+    void (*stream_bytes)(std::uint8_t* dst, const std::uint8_t* src, std::size_t bytes);  // any address, any length
+    void (*fence)();    // orders the non-temporal stores of this thread before what it does next
+};
+
+extern const Kernels portable_kernels;
+#ifdef LMCACHE_X86
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+// Every set that runs on this machine, best first; never empty.
+std::span<const Kernels* const> available_kernels();
+
+inline const Kernels& best_kernels() { return *available_kernels().front(); }
+
+}  // namespace lmcache
