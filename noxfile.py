@@ -1,0 +1,202 @@
+"""Every gate of the project, one session each; `nox -l` lists them, `./run test` runs them all.
+
+Gates test what users get: wheels built from sdists, installed into environments of their own. Those are made once under
+.nox and used again until their recipe changes (scripts/environments.py, scripts/artefacts.py).
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import artefacts  # noqa: E402
+from environments import (  # noqa: E402
+    FULL_PYTHONS,
+    THIN_PYTHONS,
+    Missing,
+    environment,
+    find_python,
+    install_wheel,
+    main_version,
+    site_packages,
+    torch_site,
+)
+
+nox.options.error_on_external_run = False
+nox.options.stop_on_first_error = False
+nox.options.sessions = ["lint", "types", "imports", "unit", "native", "cli", "server", "guard", "e2e-vllm"]
+
+SOURCES = [ROOT / "packages" / "lmcache-cli" / "src", ROOT / "packages" / "lmcache" / "src"]
+_outcomes: dict[str, str] = {}
+
+
+def gate(budget_s: int, name: str) -> Callable[[Callable[[nox.Session], None]], Callable[[nox.Session], None]]:
+    """Register a session whose time is printed against a budget; a budget that is overrun is reported, not enforced."""
+
+    def register(function: Callable[[nox.Session], None]) -> Callable[[nox.Session], None]:
+        @functools.wraps(function)
+        def timed(session: nox.Session) -> None:
+            start = time.monotonic()
+            _outcomes[name] = "failed"
+            try:
+                function(session)
+                _outcomes[name] = "passed"
+            finally:
+                spent = time.monotonic() - start
+                over = ", OVER BUDGET" if spent > budget_s else ""
+                _outcomes[name] += f" in {spent:.0f} s of {budget_s} s{over}"
+                print(f"gate {name} {_outcomes[name]}", flush=True)
+
+        return nox.session(name=name, venv_backend="none")(timed)
+
+    return register
+
+
+@atexit.register
+def _closing_line() -> None:
+    failed = [name for name, outcome in _outcomes.items() if outcome.startswith("failed")]
+    for name, outcome in _outcomes.items():
+        print(f"  {name:9} {outcome}")
+    if _outcomes:
+        named = f": {', '.join(failed)}" if failed else ""
+        print(f"{len(_outcomes) - len(failed)} gates passed, {len(failed)} failed{named}")
+
+
+def pytest(session: nox.Session, python: Path, tests: str, *options: str, env: dict[str, str] | None = None) -> None:
+    """Run tests from an empty folder, so that nothing but the environment can be imported."""
+    session.log(f"tests run on {python}")
+    with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
+        command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / tests), *options, *session.posargs]
+        session.run(*command, env={"PYTHONPATH": "", **(env or {})})
+
+
+def requirements_site(version: str) -> Path:
+    """Folder with all that the full wheel (but torch) and its tests require, shared by environments."""
+    needed = [*artefacts.full_requirements(), *artefacts.group("test", "native")]
+    return site_packages(environment(f"requirements-{version}", version, needed))
+
+
+def full_environment(version: str) -> Path:
+    """An environment with the full wheel and all it requires but torch; returns its python."""
+    python = environment(f"full-{version}", version, [], sites=[requirements_site(version)])
+    install_wheel(python, artefacts.full_wheel(version))
+    return python
+
+
+def available(session: nox.Session, versions: tuple[str, ...]) -> list[str]:
+    """Those Python versions that are on this machine; the others are listed, and missed where CI=true."""
+    here = []
+    for version in versions:
+        try:
+            find_python(version)
+            here.append(version)
+        except Missing as missing:
+            if os.environ.get("CI") == "true":
+                session.error(f"{missing}, and CI skips nothing")
+            session.warn(f"SKIPPED Python {version}: {missing}")
+    return here
+
+
+@gate(20, "lint")
+def lint(session: nox.Session) -> None:
+    """ruff: rules and format."""
+    ruff = environment("lint", main_version(), artefacts.group("lint")).parent / "ruff"
+    session.run(str(ruff), "check", str(ROOT))
+    session.run(str(ruff), "format", "--check", str(ROOT))
+
+
+@gate(90, "types")
+def types(session: nox.Session) -> None:
+    """mypy --strict on both packages."""
+    python = environment("types", main_version(), [*artefacts.full_requirements(), *artefacts.group("types")])
+    session.run(str(python), "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"))
+
+
+@gate(20, "imports")
+def imports(session: nox.Session) -> None:
+    """import-linter: imports run downhill, heavy dependencies have one door."""
+    python = environment("imports", main_version(), artefacts.group("imports"))
+    path = os.pathsep.join(map(str, SOURCES))
+    session.run(str(python.parent / "lint-imports"), "--config", str(ROOT / "pyproject.toml"), env={"PYTHONPATH": path})
+
+
+@gate(120, "unit")
+def unit(session: nox.Session) -> None:
+    """Everything that needs neither an engine nor a running server; no torch."""
+    pytest(session, full_environment(main_version()), "tests/unit")
+
+
+@gate(180, "native")
+def native(session: nox.Session) -> None:
+    """The copy engine against numpy and xxhash; then its own tests under ASan and UBSan."""
+    pytest(session, full_environment(main_version()), "tests/native")
+    cmake = str(artefacts.build_environment(main_version()).parent / "cmake")
+    folder = str(ROOT / ".cache" / "sanitized")
+    session.run(cmake, "-S", str(ROOT / "csrc"), "-B", folder, "-DLMCACHE_SANITIZE=ON", silent=True)
+    session.run(cmake, "--build", folder, "--parallel", "2", silent=True)
+    session.run(f"{folder}/native_tests")
+
+
+@gate(150, "cli")
+def cli(session: nox.Session) -> None:
+    """The thin wheel alone, on every Python from 3.10."""
+    for version in available(session, THIN_PYTHONS):
+        python = environment(f"cli-{version}", version, [*artefacts.thin_requirements(), *artefacts.group("test")])
+        install_wheel(python, artefacts.thin_wheel())
+        pytest(session, python, "tests/cli")
+
+
+@gate(300, "server")
+def server(session: nox.Session) -> None:
+    """Core and service process for real; the full wheel of every other Python starts, answers a ping and stops."""
+    first, *others = available(session, FULL_PYTHONS)
+    pytest(session, full_environment(first), "tests/server")
+    for version in others:
+        session.run(sys.executable, str(ROOT / "scripts" / "smoke.py"), str(full_environment(version)))
+
+
+@gate(240, "guard")
+def guard(session: nox.Session) -> None:
+    """Both wheels as artefacts, and what happens when they meet in one environment."""
+    version = main_version()
+    artefacts.thin_wheel()
+    artefacts.full_wheel(version)
+    env = {
+        "LMCACHE_TEST_WHEELS": str(artefacts.sdists()),
+        "LMCACHE_TEST_SITE": str(requirements_site(version)),
+        "LMCACHE_TEST_BUILD_PYTHON": str(artefacts.build_environment(version)),
+    }
+    pytest(session, environment("guard", version, ["pip", *artefacts.group("test")]), "tests/wheels", env=env)
+
+
+@gate(600, "e2e-vllm")
+def e2e_vllm(session: nox.Session) -> None:
+    """Stock vLLM on the CPU with us: outputs equal those without us. Nothing else runs beside it."""
+    pytest(session, vllm_environment(), "tests/e2e", "-o", "faulthandler_timeout=600")
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Server and stock vLLM end to end: a long prompt, asked twice."""
+    session.run(str(vllm_environment()), str(ROOT / "examples" / "vllm_cpu" / "demo.py"), *session.posargs)
+
+
+def vllm_environment() -> Path:
+    """Stock vLLM, torch and the full wheel; returns its python."""
+    version = main_version()
+    needed = [*artefacts.full_requirements(), *artefacts.group("test", "native")]
+    recipe = ROOT / "scripts" / "vllm_cpu_env.py"
+    python = environment("vllm", version, needed, sites=[torch_site()], script=recipe)
+    install_wheel(python, artefacts.full_wheel(version))
+    return python
