@@ -6,9 +6,6 @@
 namespace lmcache {
 namespace {
 
-// Bytes ahead of the load; reaches over the 4 KiB pages at which the hardware's own prefetcher stops.
-constexpr std::size_t kPrefetchBytes = 4096;
-
 __m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 
 class Avx2Lanes {
@@ -22,7 +19,7 @@ public:
 
     template <Write W>
     void stripe(const std::uint8_t* src, std::uint8_t* dst, const std::uint8_t* secret) {
-        __builtin_prefetch(src + kPrefetchBytes, 0, 3);
+        prefetch(src);
         __m256i low = load(src);
         __m256i high = load(src + 32);
         asm volatile("" : "+x"(low), "+x"(high));  // src may change under us: keeps the compiler from loading it again

@@ -6,9 +6,6 @@
 namespace lmcache {
 namespace {
 
-// Bytes ahead of the load; reaches over the 4 KiB pages at which the hardware's own prefetcher stops.
-constexpr std::size_t kPrefetchBytes = 4096;
-
 class Avx512Lanes {
 public:
     explicit Avx512Lanes(const std::uint64_t* from) : acc_(_mm512_loadu_si512(from)) {}
@@ -17,7 +14,7 @@ public:
 
     template <Write W>
     void stripe(const std::uint8_t* src, std::uint8_t* dst, const std::uint8_t* secret) {
-        __builtin_prefetch(src + kPrefetchBytes, 0, 3);
+        prefetch(src);
         __m512i data = _mm512_loadu_si512(src);
         asm volatile("" : "+v"(data));  // src may change under us: keeps the compiler from loading it a second time
         const __m512i mixed = _mm512_xor_si512(data, _mm512_loadu_si512(secret));

