@@ -1,7 +1,7 @@
 """The HTTP contract, once: paths, and the shape of every body. The server builds these classes, the client reads them.
 
-Reading is tolerant, since servers of other versions and of the upstream project answer too: what is absent is None, what is
-unknown is ignored, what has the wrong type counts as absent. Writing is exact.
+Reading is tolerant, since servers of other versions and of the upstream project answer too: what is absent is None,
+what is unknown is ignored, what has the wrong type counts as absent. Writing is exact.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ PATH_METRICS = "/metrics"
 PATH_CLEAR = "/cache/clear"
 
 ENGINE_TYPE = "LMCacheServer"
+
+# what is asked of a serving engine (OpenAI's API, and vLLM's health check)
+ENGINE_PATH_HEALTH = "/health"
+ENGINE_PATH_MODELS = "/v1/models"
+ENGINE_PATH_COMPLETIONS = "/v1/completions"
+ENGINE_PATH_CHAT = "/v1/chat/completions"
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""One file a command. How to add one: see ``app``."""

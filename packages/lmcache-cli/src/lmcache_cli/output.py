@@ -1,0 +1,98 @@
+"""Where a result goes: stdout, and the file of `--output`, which is replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+
+from lmcache_cli import render
+from lmcache_cli.errors import CommandError, UsageFault
+
+
+class OutputFile:
+    """The file of `--output`. Created before the work starts, so that an unwritable path costs no request.
+
+    Nothing is left behind while the work runs: the place is tried out, and written only when the text is there (into a
+    temporary file beside the target, which is then renamed over it). Devices and pipes are written directly.
+
+    Raises:
+        UsageFault: the path cannot be written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.realpath(path)
+        self._name = path
+        try:
+            if self._is_plain():
+                if os.path.exists(self._path) and not os.access(self._path, os.W_OK):
+                    raise PermissionError(None, "Permission denied")
+                os.unlink(self._temporary(b""))
+            elif os.path.isdir(self._path):
+                raise IsADirectoryError(None, "Is a directory")
+        except (OSError, ValueError) as error:
+            raise UsageFault(f"cannot write --output {path}: {_reason(error)}") from error
+
+    def write(self, text: str) -> None:
+        """Replace the file's content with ``text``.
+
+        Raises:
+            CommandError: it could not be written after all; the old content is still there.
+        """
+        data = text.encode("utf-8", "backslashreplace")
+        try:
+            if self._is_plain():
+                temporary = self._temporary(data)
+                try:
+                    os.replace(temporary, self._path)
+                except OSError:
+                    os.unlink(temporary)
+                    raise
+            else:
+                with open(self._path, "wb") as file:
+                    file.write(data)
+        except OSError as error:
+            raise CommandError(f"cannot write --output {self._name}: {_reason(error)}") from error
+
+    def _is_plain(self) -> bool:
+        return os.path.isfile(self._path) or not os.path.exists(self._path)
+
+    def _temporary(self, data: bytes) -> str:
+        import tempfile  # only where a file is asked for
+
+        folder, name = os.path.split(self._path)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{name[:40]}.", suffix=".tmp", dir=folder)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, self._mode())
+        except OSError:
+            os.unlink(temporary)
+            raise
+        return temporary
+
+    def _mode(self) -> int:
+        """Permissions of the file that is replaced, else those of any new file (a temporary file has 0600)."""
+        with contextlib.suppress(OSError):
+            return stat.S_IMODE(os.stat(self._path).st_mode)
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask
+
+
+def emit(report: render.Report, form: str, file: OutputFile | None, *, quiet: bool) -> None:
+    """Write the report to stdout (unless ``quiet``) and to ``file`` in the same form, the file never in colour."""
+    try:
+        if not quiet and sys.stdout is not None:
+            render.write(report, form, sys.stdout)
+            sys.stdout.flush()
+    finally:  # a reader of stdout that went away does not cost the file
+        if file is not None:
+            file.write(render.render(report, form))
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).rstrip(".")
