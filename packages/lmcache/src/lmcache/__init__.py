@@ -1,7 +1,7 @@
 """KV cache server for LLM engines: the runtime. Importing this package is cheap and only checks the install.
 
-The command line (``lmcache_cli``) is part of this distribution and also a distribution of its own. Both in one environment
-damage each other, so an engine that loads us must hear it at once, not in mid-request.
+The command line (``lmcache_cli``) is part of this distribution and also a distribution of its own. Both in one
+environment damage each other, so an engine that loads us must hear it at once, not in mid-request.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ def _incomplete(cause: ImportError) -> ImportError:
     from pathlib import Path
 
     site = Path(__file__).resolve().parent.parent
-    versions = sorted(path.name.split("-")[1].removesuffix(".dist-info") for path in site.glob("lmcache-*.dist-info"))
+    infos = sorted(path.name for path in site.glob("lmcache-*.dist-info"))
+    versions = [name.removeprefix("lmcache-").removesuffix(".dist-info") for name in infos]
     name = f"lmcache {versions[0]}" if versions else "lmcache"
     wheel = f"lmcache-{versions[0]}-*.whl" if versions else "lmcache-*.whl"
     return ImportError(
