@@ -1,0 +1,161 @@
+"""Where a new chunk's memory comes from: a free extent, else more of the pool, else older chunks that nobody holds."""
+
+from __future__ import annotations
+
+from lmcache.cache.base import PIECE_BYTES
+from lmcache.cache.evict.base import Policy
+from lmcache.cache.extents import NO_SLOT, Extents, Piece
+from lmcache.cache.index import Index
+from lmcache.cache.pool import Pool
+from lmcache.cache.records import Records
+
+_WALK = 4096
+"""Victims that are looked at before a piece is taken that is not entirely among them."""
+
+_CANDIDATES = 16
+
+
+class Room:
+    """Hands out slots with an extent, evicting where it must."""
+
+    def __init__(self, pool: Pool, extents: Extents, index: Index, policy: Policy, records: Records) -> None:
+        self.extents = extents
+        self.leased: dict[int, int] = {}  # entry -> leases that hold it; such entries are never evicted
+        self.num_evicted = 0
+        self._pool = pool
+        self._index = index
+        self._policy = policy
+        self._records = records
+        self._grow_budget = 0
+        self._changes = 0
+        self._hopeless: dict[int, int] = {}  # class -> count of changes when nothing could be evicted for it
+
+    def begin(self, grow_bytes: int = PIECE_BYTES) -> None:
+        """A request starts; it may wait for the allocation of this many bytes."""
+        self._grow_budget = grow_bytes
+        self.extents.set_ready(self._pool.ready_bytes)
+
+    def take(self, size: int, num_wanted: int) -> int | None:
+        """A slot with an extent of class ``size``; None when all memory is in use by leases and reservations.
+
+        ``num_wanted``: extents that the request still wants, this one included, so that the pool grows once for all.
+        """
+        slot = self._take_slot()
+        if slot is None:
+            return None
+        while (offset := self.extents.allocate(size, slot)) is None:
+            if not self._grow(size, num_wanted) and not self._make_room(size):
+                self._index.give_slot(slot)
+                return None
+        self._index.offset[slot] = offset
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        """A slot, its record and its extent are free again."""
+        self.extents.free(self._index.offset[slot])
+        self._records.clear(slot)
+        self._index.give_slot(slot)
+        self._changes += 1
+
+    def evict(self, entry: int) -> None:
+        """Forget a visible entry that nobody leases."""
+        self._policy.remove(entry)
+        self._index.hide(entry)
+        self.bury(entry)
+        self.num_evicted += 1
+
+    def bury(self, entry: int) -> None:
+        """Give back what a hidden entry holds."""
+        for slot in self._index.slots(entry):
+            self.give_back(slot)
+        self._index.drop(entry)
+
+    def changed(self) -> None:
+        """Something became evictable."""
+        self._changes += 1
+
+    def _take_slot(self) -> int | None:
+        for _ in range(2):
+            slot = self._index.take_slot()
+            if slot is not None:
+                if self._records.back(slot):
+                    return slot
+                self._index.give_slot(slot)
+            victim = self._oldest()
+            if victim is None:
+                return None
+            self.evict(victim)
+        return None
+
+    def _oldest(self) -> int | None:
+        met = []
+        oldest = None
+        for entry in self._policy.victims():
+            if entry not in self.leased:
+                oldest = entry
+                break
+            met.append(entry)
+        self._policy.touch(met)
+        return oldest
+
+    def _grow(self, size: int, num_wanted: int) -> bool:
+        """Let the pool grow, unless its background growth is at it this very moment (then older chunks must go)."""
+        shortfall = self.extents.shortfall(size)
+        if shortfall is None or shortfall > self._grow_budget or self._pool.is_complete:
+            return False
+        step = min(self._grow_budget, max(shortfall, num_wanted * size))
+        grown = self._pool.grow(step, wait=False)
+        self._grow_budget -= grown
+        self.extents.set_ready(self._pool.ready_bytes)
+        return grown > 0
+
+    def _make_room(self, size: int) -> bool:
+        """Evict the oldest entry of this class, or a whole piece of another class if all in it is older than that.
+
+        Walking from the oldest entry on, the first piece that is met completely is the piece whose youngest entry is
+        oldest. After ``_WALK`` entries the piece that misses least is taken, so that a large cache costs no long
+        walk. Leased entries are in use, so they are touched when they are met at the old end: each is passed over
+        once, not at every allocation.
+        """
+        if self._hopeless.get(size) == self._changes:
+            return False
+        victims: list[int] = []
+        met_leased: list[int] = []
+        seen: dict[Piece, int] = {}
+        index, extents = self._index, self.extents
+        for num_walked, entry in enumerate(self._policy.victims(), 1):
+            if entry in self.leased:
+                met_leased.append(entry)
+                continue
+            pieces = [extents.piece_at(index.offset[slot]) for slot in index.slots(entry)]
+            if pieces[0].size == size:
+                victims = [entry]
+                break
+            for piece in pieces:
+                seen[piece] = seen.get(piece, 0) + 1
+            whole = [piece for piece in pieces if seen[piece] == piece.used and extents.capacity(piece, size)]
+            if not whole and num_walked % _WALK == 0:
+                whole = self._nearly_met(seen, size)
+            if whole:
+                victims = self._entries_of(whole[0])
+                break
+        self._policy.touch(met_leased)
+        for entry in victims:
+            self.evict(entry)
+        if not victims:
+            self._hopeless[size] = self._changes
+        return bool(victims)
+
+    def _nearly_met(self, seen: dict[Piece, int], size: int) -> list[Piece]:
+        """The piece with the fewest entries beyond those seen, if one of the best candidates can be emptied at all."""
+        candidates = sorted(seen, key=lambda piece: piece.used - seen[piece])[:_CANDIDATES]
+        for piece in candidates:
+            entries = self._entries_of(piece)
+            evictable = all(entry and entry not in self.leased for entry in entries)
+            if evictable and self.extents.capacity(piece, size):
+                return [piece]
+        return []
+
+    def _entries_of(self, piece: Piece) -> list[int]:
+        """Entries with an extent in a piece; 0 stands for extents that are no visible entry's."""
+        return list(dict.fromkeys(self._index.entry[slot] for slot in piece.slots if slot != NO_SLOT))
