@@ -3,8 +3,8 @@
     python benchmarks/copy.py [--json PATH] [--total-mib 256] [--rounds 9]
 
 Both sides move the same fragments (block-sized pieces of anonymous memory, in a shuffled order) to and from the same
-MAP_SHARED tmpfs file; everything is touched beforehand. The rounds alternate between the two, and the table shows medians of
-one run, so a busy neighbour slows both. memcpy is numpy's ``take``: one C loop with a memcpy a fragment.
+MAP_SHARED tmpfs file; everything is touched beforehand. The rounds alternate between the two, and the table shows medians
+of one run, so a busy neighbour slows both. memcpy is numpy's ``take``: one C loop with a memcpy a fragment.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def run(total_bytes: int, rounds: int) -> list[dict[str, object]]:
                 for threads in THREADS:
                     got = measure(case, verb, threads, rounds)
                     bound = BOUNDS[verb] if threads == 1 else None
-                    rows.append({"verb": verb, "fragment_bytes": fragment_bytes, "threads": threads, **got, "bound": bound})
+                    rows.append(
+                        {"verb": verb, "fragment_bytes": fragment_bytes, "threads": threads, **got, "bound": bound}
+                    )
                     print(
                         f"{verb:10}{fragment_bytes // KIB:>6} KiB{threads:>9}{got['memcpy_gb_per_s']:>13.1f}"
                         f"{got['verified_gb_per_s']:>15.1f}{got['ratio']:>8.2f}{f'>={bound}' if bound else '':>8}"

@@ -12,6 +12,10 @@
 #include "leaf.hpp"
 #include "xxh3.hpp"
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23  // Linux 5.14; headers of older systems do not know it
+#endif
+
 namespace py = pybind11;
 
 namespace {
