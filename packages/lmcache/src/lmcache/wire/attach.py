@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import time
+from array import array
 from dataclasses import dataclass
 
 import msgspec
@@ -81,7 +82,8 @@ def _converse(talk: socket.socket, path: str, request: Attach, deadline: float, 
     _limit(talk, deadline)
     talk.connect(path)
     _limit(talk, deadline)
-    talk.sendall(framing.pack(request))
+    with contextlib.suppress(BrokenPipeError):  # it hung up on us, perhaps after a word: read on
+        talk.sendall(framing.pack(request))
     data = bytearray()
     while (reply := framing.unpack(data, _replies)) is None:
         _limit(talk, deadline)
@@ -89,14 +91,25 @@ def _converse(talk: socket.socket, path: str, request: Attach, deadline: float, 
         missing = framing.LENGTH_BYTES - len(data)
         if missing <= 0:
             missing = int.from_bytes(data[: framing.LENGTH_BYTES], "little") + framing.LENGTH_BYTES - len(data)
-        part, received, _, _ = socket.recv_fds(talk, missing, 1, socket.MSG_CMSG_CLOEXEC)
-        fds.extend(received)
+        part = _receive(talk, missing, fds)
         if not part:
             raise AttachError(f"the server at {path} closed the connection without an answer")
         data += part
     if isinstance(reply, AttachRefused):
         raise AttachError(reply.message)
     return reply
+
+
+def _receive(talk: socket.socket, num_bytes: int, fds: list[int]) -> bytes:
+    # Not socket.recv_fds: it ignores the flags it is given.
+    size = array("i", [0]).itemsize
+    part, ancillary, _, _ = talk.recvmsg(num_bytes, socket.CMSG_LEN(size), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            received = array("i")
+            received.frombytes(data[: len(data) - len(data) % size])
+            fds.extend(received)
+    return part
 
 
 def _limit(talk: socket.socket, deadline: float) -> None:

@@ -210,6 +210,7 @@ REFUSED_INVALID = "invalid"  # the request contradicts itself or what was regist
 REFUSED_OWNER = "owner"  # the lease or ticket is not this instance's, or is gone
 REFUSED_BUSY = "busy"  # a limit is reached: see retry_ms
 REFUSED_LAYOUT = "layout"  # an extent of that size cannot be had from this pool
+REFUSED_INTERNAL = "internal"  # a fault of the server: nothing was changed for certain
 
 Reply = Welcome | Done | Pong | Found | Granted | Committed | Report | Cleared | Refused
 

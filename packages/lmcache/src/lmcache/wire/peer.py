@@ -61,14 +61,15 @@ class Client:
         """
         if len(self._pending) >= IN_FLIGHT_MAX:
             raise PeerSilent(f"{IN_FLIGHT_MAX} requests are unanswered")
-        self._last_id += 1
-        request = msgspec.structs.replace(request, id=self._last_id)
+        request_id = self._last_id + 1
+        request = msgspec.structs.replace(request, id=request_id)
         try:
             self._socket.send(codec.encode(request), zmq.DONTWAIT)
         except zmq.Again:
             raise PeerSilent("the server cannot be reached") from None
-        self._pending.add(self._last_id)
-        return self._last_id
+        self._last_id = request_id
+        self._pending.add(request_id)
+        return request_id
 
     def forget(self, request_id: int) -> None:
         """Give a request up: its reply, should it come, is dropped."""
@@ -147,6 +148,10 @@ class Client:
         return True
 
 
+class AddressInUse(WireError):
+    """Somebody listens there already."""
+
+
 class Peer(msgspec.Struct, frozen=True):
     """One connection: the listener's door it came through, and ZMQ's name for it."""
 
@@ -174,7 +179,8 @@ class Listener:
         """Open a door; returns its endpoint with the port that was taken.
 
         Raises:
-            WireError: the endpoint is in use, not ours to take, or no endpoint.
+            AddressInUse: the endpoint is taken.
+        WireError: it is not ours to take, or no endpoint.
         """
         door: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         for option, value in (
@@ -190,11 +196,13 @@ class Listener:
             door.setsockopt(option, value)
         if endpoint.startswith("tcp:"):
             _beat(door)
+            door.setsockopt(zmq.IPV6, "[" in endpoint)
         try:
             door.bind(endpoint)
         except zmq.ZMQError as error:
             door.close(0)
-            raise WireError(f"cannot listen on {endpoint}: {error.strerror}") from None
+            kind = AddressInUse if error.errno == zmq.EADDRINUSE else WireError
+            raise kind(f"cannot listen on {endpoint}: {error.strerror}") from None
         self.doors.append(door)
         self._is_tcp.append(endpoint.startswith("tcp:"))
         return door.getsockopt_string(zmq.LAST_ENDPOINT)
