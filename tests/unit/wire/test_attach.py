@@ -41,6 +41,11 @@ def heard(visitor: Visitor) -> m.Attach:
     return request
 
 
+def hang_up(visitor: Visitor) -> None:
+    heard(visitor)
+    visitor.close()
+
+
 @contextmanager
 def served(path: str, serve: Callable[[Visitor], None]) -> Iterator[list[Visitor]]:
     door = Door(path)
@@ -121,7 +126,7 @@ def test_silence_hanging_up_and_garbage_each_have_a_sentence(tmp_path: Path) -> 
     cases: list[tuple[Callable[[Visitor], object], str]] = [
         (lambda visitor: visitor.socket.send((5000).to_bytes(4, "little")), "at most"),
         (lambda visitor: visitor.socket.send(b"\1\0\0\0x"), "not an attach message"),
-        (lambda visitor: (heard(visitor), visitor.close()), "without an answer"),
+        (hang_up, "without an answer"),
     ]
     for act, sentence in cases:
         with served(path, lambda visitor, act=act: act(visitor)), pytest.raises(AttachError, match=sentence):  # type: ignore[misc]

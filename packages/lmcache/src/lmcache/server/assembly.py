@@ -1,0 +1,146 @@
+"""Joins the core's parts: endpoints, pool, loop; and frees them in the opposite order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lmcache.cache.base import Limits
+from lmcache.cache.evict import make_policy
+from lmcache.cache.home import POOL
+from lmcache.cache.opening import check_fits, default_root, open_pool, sweep_leftovers
+from lmcache.cache.store import Cache
+from lmcache.config import ServerConfig
+from lmcache.metrics import Counters
+from lmcache.server import report
+from lmcache.server.core import Core, Ends
+from lmcache.server.dispatch import Dispatcher
+from lmcache.server.growth import Growth
+from lmcache.server.ports import PortInUse
+from lmcache.server.sessions import Instance, Sessions
+from lmcache.server.supervisor import Supervisor
+from lmcache.system import SystemClock, SystemEntropy, SystemFiles
+from lmcache.wire import messages as m
+from lmcache.wire.door import Door, private_umask, share
+from lmcache.wire.peer import AddressInUse, Listener
+from lmcache.wire.poller import Poller
+from lmcache_cli._version import __version__
+
+SERVER_ID_BYTES = 16
+
+log = logging.getLogger("lmcache.core")
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``run.serve`` found out before the core's own imports."""
+
+    config: ServerConfig
+    attach_path: str
+    gid: int | None
+    rpc_endpoint: str
+
+    @property
+    def local_path(self) -> str:
+        """The zmq socket of this machine's clients, beside the attach socket."""
+        return self.attach_path + ".rpc"
+
+
+def run_core(
+    plan: Plan, supervisor: Supervisor, wake: socket.socket, waker: socket.socket, announce: Callable[[], None]
+) -> None:
+    """Run until a stop signal arrives on ``wake``; everything is closed and removed on the way out.
+
+    Raises:
+        LMCacheError: an endpoint or the memory cannot be had.
+    """
+    clock, counters, sessions = SystemClock(), Counters(), Sessions(SystemEntropy())
+    sessions.expect_service(supervisor.token)
+    with contextlib.ExitStack() as stack:
+        listener = Listener()
+        stack.callback(listener.close)
+        _bind_port(listener, plan)
+        door = Door(plan.attach_path, plan.gid)
+        stack.callback(door.close)
+        with private_umask():
+            listener.bind(f"ipc://{plan.local_path}")
+        share(plan.local_path, plan.gid)
+        cache = _open_cache(plan.config, clock)
+        stack.callback(lambda: cache.pool.close(persist=plan.config.persist))
+        growth = Growth(cache.pool, lambda: _nudge(waker))
+        stack.callback(growth.stop)
+        growth.start()
+        poller = Poller()
+        stack.callback(poller.close)
+        core = _core(plan, Ends(listener, door, wake, poller), cache, sessions, counters, supervisor, growth, clock)
+        announce()
+        core.run()
+        log.info("stopping")
+
+
+def _core(
+    plan: Plan,
+    ends: Ends,
+    cache: Cache,
+    sessions: Sessions,
+    counters: Counters,
+    supervisor: Supervisor,
+    growth: Growth,
+    clock: SystemClock,
+) -> Core:
+    config = plan.config
+    server_id = SystemEntropy().token(SERVER_ID_BYTES)
+    started_at = clock.now()
+    welcome = m.Welcome(0, server_id, m.WIRE_VERSION, __version__, config.chunk_tokens, plan.attach_path)
+
+    def attached(instance: Instance) -> m.Attached:
+        return m.Attached(
+            server=server_id,
+            instance=instance.id,
+            token=instance.token,
+            endpoint=f"ipc://{plan.local_path}",
+            pool_bytes=cache.pool.total_bytes,
+            ready_bytes=cache.pool.ready_bytes,
+            chunk_tokens=config.chunk_tokens,
+        )
+
+    def snapshot() -> bytes:
+        frame = report.Frame(__version__, config.chunk_tokens, config.eviction_policy.upper(), clock.now() - started_at)
+        return report.document(cache.usage(), counters, sessions.instances(), frame, core.fault)
+
+    dispatcher = Dispatcher(cache, sessions, counters, welcome, snapshot, log.info)
+    core = Core(ends, cache, sessions, dispatcher, counters, supervisor, growth, clock, attached)
+    return core
+
+
+def _open_cache(config: ServerConfig, clock: SystemClock) -> Cache:
+    """The L1 cache, with what an earlier server on this port left if that can be trusted."""
+    files = SystemFiles()
+    policy = make_policy(config.eviction_policy)
+    root, name = default_root(files), str(config.rpc_port)
+    for path in sweep_leftovers(root, files, spare=name):
+        log.info("removed the pool of a dead server: %s", path)
+    directory = f"{root}/{name}"
+    before = files.inspect(f"{directory}/{POOL}")
+    check_fits(config.l1_bytes, files, reusable_bytes=before.size_bytes if before else 0)
+    pool, records = open_pool(directory, config.l1_bytes, config.chunk_tokens, files, persist=config.persist)
+    cache = Cache(pool, records, policy, clock, Limits(), entropy=SystemEntropy())
+    num_adopted = cache.usage().num_adopted
+    if num_adopted:
+        log.info("found %d extents of the server before this one again", num_adopted)
+    return cache
+
+
+def _bind_port(listener: Listener, plan: Plan) -> None:
+    try:
+        listener.bind(plan.rpc_endpoint)
+    except AddressInUse:
+        raise PortInUse(f"port {plan.config.rpc_port} is in use on {plan.config.host}") from None
+
+
+def _nudge(waker: socket.socket) -> None:
+    """Wake the loop from another thread: 0 is no signal's number."""
+    with contextlib.suppress(OSError):
+        waker.send(b"\0")

@@ -1,0 +1,54 @@
+"""`lmcache server`: the options and nothing heavy; joined to the command line by entry-point group lmcache.commands."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of the RPC port (not of HTTP).")
+@click.option("--port", type=int, default=5555, show_default=True, help="RPC port, for engines of this machine.")
+@click.option("--l1-size-gb", type=float, default=4.0, show_default=True, help="Memory for KV; 1 GB = 2^30 bytes.")
+@click.option("--eviction-policy", default="LRU", show_default=True, help="What makes room when L1 is full.")
+@click.option("--chunk-size", type=int, default=256, show_default=True, help="Tokens in a chunk.")
+@click.option("--http-host", default="127.0.0.1", show_default=True, help="Address of the HTTP API.")
+@click.option("--http-port", type=int, default=8080, show_default=True, help="Port of the HTTP API.")
+@click.option("--attach-path", metavar="PATH", help="Where engines attach.  [default: a private folder of this user]")
+@click.option("--attach-group", metavar="NAME", help="Let members of this group attach besides this user.")
+@click.option("--l1-persist", is_flag=True, help="Keep L1 over a clean stop, for the next start on this machine.")
+@click.pass_context
+def server(
+    context: click.Context,
+    host: str,
+    port: int,
+    l1_size_gb: float,
+    eviction_policy: str,
+    chunk_size: int,
+    http_host: str,
+    http_port: int,
+    attach_path: str | None,
+    attach_group: str | None,
+    l1_persist: bool,
+) -> None:
+    """Keep the KV cache of engines on this machine and hand it back instead of computing it again."""
+    from lmcache.config import GB, ServerConfig
+    from lmcache.errors import LMCacheError
+    from lmcache.server import run
+
+    try:
+        config = ServerConfig(
+            host=host,
+            rpc_port=port,
+            http_host=http_host,
+            http_port=http_port,
+            l1_bytes=int(min(max(l1_size_gb, 0.0), 1e9) * GB),
+            eviction_policy=eviction_policy,
+            chunk_tokens=chunk_size,
+            attach_path=attach_path,
+            attach_group=attach_group,
+            persist=l1_persist,
+        )
+        run.serve(config)
+    except LMCacheError as error:
+        click.echo(f"lmcache server: {error}", err=True)
+        context.exit(run.exit_status(error))

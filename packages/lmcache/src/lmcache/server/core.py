@@ -1,0 +1,304 @@
+"""The core: one plain loop over the wire, the attach socket, attached processes and the line to the service process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lmcache.cache.store import Cache
+from lmcache.errors import LMCacheError, WireError
+from lmcache.metrics import Counters
+from lmcache.server.addresses import LocalAddresses
+from lmcache.server.dispatch import Dispatcher
+from lmcache.server.growth import Growth
+from lmcache.server.sessions import Instance, Sessions
+from lmcache.server.supervisor import Supervisor
+from lmcache.system import Clock
+from lmcache.wire import codec
+from lmcache.wire import messages as m
+from lmcache.wire.door import Door, Visitor
+from lmcache.wire.peer import Listener, Received
+from lmcache.wire.poller import Poller
+
+MESSAGES_MAX = 64
+"""Messages of one door, and visitors, that one turn of the loop takes."""
+
+_IDLE_S = 10.0
+_COMPLAINT_S = 10.0
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_REMOTE = (
+    "this server serves processes of its own machine only, and you are not on it: run one lmcache server on each host "
+    "and point its engines there; RPC from other hosts needs tokens, which this version does not have"
+)
+
+log = logging.getLogger("lmcache.core")
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Everything the loop waits on. ``wake``: bytes of it are signal numbers, or 0 when the growth thread ended."""
+
+    listener: Listener
+    door: Door
+    wake: socket.socket
+    poller: Poller
+
+
+class Core:
+    """Runs until a signal; whatever one peer does, the loop goes on and the others are served."""
+
+    def __init__(
+        self,
+        ends: Ends,
+        cache: Cache,
+        sessions: Sessions,
+        dispatcher: Dispatcher,
+        counters: Counters,
+        supervisor: Supervisor,
+        growth: Growth,
+        clock: Clock,
+        attached: Callable[[Instance], m.Attached],
+    ) -> None:
+        """``attached`` makes the answer to an attach."""
+        self._ends = ends
+        self._cache = cache
+        self._sessions = sessions
+        self._dispatcher = dispatcher
+        self._counters = counters
+        self._supervisor = supervisor
+        self._growth = growth
+        self._clock = clock
+        self._attached = attached
+        self._local = LocalAddresses()
+        self._door_numbers = {id(door): number for number, door in enumerate(ends.listener.doors)}
+        self._is_stopping = False
+        self._sweep_at: float | None = None
+        self._check_at: float | None = None
+        self._complained_at = -_COMPLAINT_S
+        self.fault: str | None = None
+        """Why this core is not healthy, None while it is."""
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        poller = self._ends.poller
+        for door in self._ends.listener.doors:
+            poller.watch_socket(door)
+        poller.watch(self._ends.door.fileno())
+        poller.watch(self._ends.wake.fileno())
+        self._watch_service()
+        while not self._is_stopping:
+            self.turn()
+
+    def turn(self) -> None:
+        """Wait for anything, then do all of it."""
+        doors, fds = self._ends.poller.wait(self._patience_s())
+        for door in doors:
+            self._serve(self._door_numbers[id(door)])
+        for fd in fds:
+            self._attend(fd)
+        if doors or fds:
+            self._check_at = self._clock.now() + _IDLE_S
+        self._keep_time()
+
+    # --- time
+
+    def _patience_s(self) -> float | None:
+        """How long nothing needs doing: until the first deadline, or without end."""
+        deadlines = (self._sweep_at, self._check_at, self._supervisor.restart_at, self._sessions.next_deadline())
+        first = min((deadline for deadline in deadlines if deadline is not None), default=None)
+        return None if first is None else max(0.0, first - self._clock.now())
+
+    def _keep_time(self) -> None:
+        now = self._clock.now()
+        for visitor in self._sessions.overdue(now):
+            self._show_out(visitor)
+        if self._supervisor.restart_at is not None and self._supervisor.restart_at <= now:
+            self._supervisor.start()
+            self._sessions.expect_service(self._supervisor.token)
+            self._watch_service()
+        left_s = self._cache.sweep()
+        self._sweep_at = None if left_s is None else now + left_s
+        if self._check_at is not None and self._check_at <= now:
+            self._check_at = None
+            self._check()
+
+    def _check(self) -> None:
+        """The books, looked through when there is nothing else to do."""
+        try:
+            self._cache.check_integrity()
+        except LMCacheError as error:
+            self.fault = f"the cache's books are wrong: {error}"
+            log.error("%s", self.fault)
+
+    # --- messages
+
+    def _serve(self, door: int) -> None:
+        for _ in range(MESSAGES_MAX):
+            received = self._ends.listener.receive(door)
+            if received is None:
+                return
+            reply = self._answer(received)
+            if reply is not None:
+                self._counters.refused += isinstance(reply, m.Refused)
+                if not self._ends.listener.send(received.peer, reply):
+                    self._counters.unsent += 1
+                    self._sessions.forget(received.peer)
+
+    def _answer(self, received: Received) -> m.Reply | None:
+        """The reply to one message; None for what has no id to answer to."""
+        try:
+            if received.frame is None:
+                raise codec.MalformedFrame(m.REFUSED_INVALID, "a message has exactly one part")
+            request = codec.decode_request(received.frame)
+        except codec.MalformedFrame as error:
+            return self._forget_malformed(received, error)
+        self._counters.requests += 1
+        if received.address is not None and received.address not in self._local:
+            return m.Refused(request.id, m.REFUSED_REMOTE, _REMOTE)
+        try:
+            return self._dispatcher.answer(received.peer, request)
+        except Exception as error:
+            self._counters.faults += 1
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})"
+            log.error("a %s request failed: %s", type(request).__name__.lower(), what)
+            return m.Refused(request.id, m.REFUSED_INTERNAL, "the server failed at this request; its log says more")
+
+    def _forget_malformed(self, received: Received, error: codec.MalformedFrame) -> m.Reply | None:
+        """Who sends what we do not understand is bound to nothing any more."""
+        self._counters.malformed += 1
+        self._sessions.forget(received.peer)
+        now = self._clock.now()
+        if now - self._complained_at >= _COMPLAINT_S:
+            self._complained_at = now
+            sender = received.address or "a local client"
+            log.warning("%d malformed messages so far, the last one from %s", self._counters.malformed, sender)
+        return None if error.request_id is None else m.Refused(error.request_id, error.code, str(error))
+
+    # --- descriptors
+
+    def _attend(self, fd: int) -> None:
+        instance = self._sessions.attached(fd)
+        if instance is not None:
+            if instance.visitor.gone():
+                self._bury(instance)
+            return
+        visitor = self._sessions.visitor(fd)
+        if visitor is not None:
+            self._hear(visitor)
+        elif fd == self._ends.door.fileno():
+            self._open_door()
+        elif fd == self._ends.wake.fileno():
+            self._wake_up()
+        elif fd == self._supervisor.fileno():
+            self._ends.poller.forget(fd)
+            self._supervisor.bury()
+            self._counters.service_restarts += 1
+
+    def _bury(self, instance: Instance) -> None:
+        """A process ended: all it held is free before this turn is over."""
+        self._ends.poller.forget(instance.visitor.socket.fileno())
+        self._cache.drop_owner(instance.id)
+        self._sessions.drop(instance)
+        instance.visitor.close()
+        self._counters.detaches += 1
+        log.info("%s is gone", instance)
+
+    def _open_door(self) -> None:
+        for _ in range(MESSAGES_MAX):
+            visitor = self._ends.door.accept(self._clock.now())
+            if visitor is None:
+                return
+            if self._sessions.full():
+                self._counters.attach_refusals += 1
+                visitor.answer(m.AttachRefused(code=m.REFUSED_BUSY, message="too many processes are attached"))
+                visitor.close()
+                continue
+            self._sessions.welcome(visitor)
+            self._ends.poller.watch(visitor.socket.fileno())
+
+    def _hear(self, visitor: Visitor) -> None:
+        try:
+            request = visitor.read()
+        except EOFError:
+            self._show_out(visitor)
+        except WireError as error:
+            self._refuse(visitor, m.REFUSED_INVALID, str(error))
+        else:
+            if request is not None:
+                self._decide(visitor, request)
+
+    def _decide(self, visitor: Visitor, request: m.Attach) -> None:
+        if not visitor.may_enter:
+            message = (
+                f"this server runs as user id {os.geteuid()}, you are {visitor.uid}: run both as one user, or start "
+                "the server with --attach-group and be a member of that group"
+            )
+            self._refuse(visitor, m.REFUSED_OWNER, message)
+        elif request.version != m.WIRE_VERSION:
+            message = (
+                f"this server speaks wire version {m.WIRE_VERSION}, you speak {request.version}: "
+                "install the same lmcache version on both sides"
+            )
+            self._refuse(visitor, m.REFUSED_VERSION, message)
+        else:
+            self._admit(visitor, request)
+
+    def _admit(self, visitor: Visitor, request: m.Attach) -> None:
+        pool_fd, slot = None, None
+        try:
+            if request.want_pool:
+                pool_fd, slot = self._cache.pool.grant_descriptor()
+            instance = self._sessions.admit(visitor, request, slot)
+            if slot is not None:
+                self._cache.attach_writer(instance.id, slot)
+            self._counters.attaches += 1
+            log.info("%s attached, user id %d", instance, visitor.uid)
+            if not visitor.answer(self._attached(instance), pool_fd):
+                self._bury(instance)
+        except (OSError, LMCacheError) as error:
+            self._refuse(visitor, m.REFUSED_BUSY, f"the pool cannot be handed out now: {error}")
+        finally:
+            if pool_fd is not None:
+                os.close(pool_fd)
+
+    def _refuse(self, visitor: Visitor, code: str, message: str) -> None:
+        self._counters.attach_refusals += 1
+        log.warning("refused an attach of user id %d: %s", visitor.uid, message)
+        visitor.answer(m.AttachRefused(code=code, message=message))
+        self._show_out(visitor)
+
+    def _show_out(self, visitor: Visitor) -> None:
+        self._ends.poller.forget(visitor.socket.fileno())
+        self._sessions.show_out(visitor)
+        visitor.close()
+
+    def _watch_service(self) -> None:
+        fd = self._supervisor.fileno()
+        if fd is not None:
+            self._ends.poller.watch(fd)
+
+    def _wake_up(self) -> None:
+        try:
+            numbers = self._ends.wake.recv(64)
+        except BlockingIOError:
+            return
+        if any(number in _STOP_SIGNALS for number in numbers):
+            self._is_stopping = True
+        if 0 in numbers:
+            self._report_growth()
+
+    def _report_growth(self) -> None:
+        pool = self._cache.pool
+        if self._growth.fault is not None:
+            self.fault = f"allocating L1 failed at {pool.ready_bytes} of {pool.total_bytes} bytes: {self._growth.fault}"
+            log.error("%s", self.fault)
+        elif pool.growth_stopped is not None:
+            log.warning("L1 stays at %d of %d bytes: %s", pool.ready_bytes, pool.total_bytes, pool.growth_stopped)
+        else:
+            log.info("all %d bytes of L1 are allocated", pool.ready_bytes)

@@ -1,0 +1,226 @@
+"""One request in, one reply out: the only place where messages become calls of the cache."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable
+
+from lmcache.cache.extents import Extents
+from lmcache.cache.store import Cache
+from lmcache.errors import LayoutError
+from lmcache.keys import KEY_BYTES
+from lmcache.metrics import Counters
+from lmcache.server.sessions import Instance, Sessions
+from lmcache.wire import messages as m
+from lmcache.wire.peer import Peer
+
+_U32_BYTES, _U64_BYTES = 4, 8
+RANKS_MAX = 4096
+_GROUPS_MAX, _DEVICES_MAX, _TEXT_MAX = 64, 64, 512
+
+if sys.byteorder != "little":
+    raise ImportError("lists on the wire are little-endian, and so must be this machine")
+
+
+class Refusal(Exception):
+    """A request that is not carried out; becomes the reply ``Refused``."""
+
+    def __init__(self, code: str, message: str, retry_ms: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_ms = retry_ms
+
+
+class Dispatcher:
+    """Answers requests of peers whose place is known to be this machine."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        sessions: Sessions,
+        counters: Counters,
+        welcome: m.Welcome,
+        report: Callable[[], bytes],
+        note: Callable[[str], None],
+    ) -> None:
+        """``welcome`` is the answer to Hello but for its id; ``report`` makes the snapshot, ``note`` logs one event."""
+        self._cache = cache
+        self._sessions = sessions
+        self._counters = counters
+        self._welcome = welcome
+        self._report = report
+        self._note = note
+
+    def answer(self, peer: Peer, request: m.Request) -> m.Reply:
+        """The reply to one request; a refusal is a reply, and so is a fault of ours (the caller counts those).
+
+        Raises:
+            Exception: a fault in here or in the cache.
+        """
+        try:
+            return self._answer(peer, request)
+        except Refusal as refusal:
+            return m.Refused(request.id, refusal.code, str(refusal), refusal.retry_ms)
+        except LayoutError as error:
+            return m.Refused(request.id, m.REFUSED_LAYOUT, str(error))
+
+    def _answer(self, peer: Peer, request: m.Request) -> m.Reply:
+        match request:
+            case m.Lookup():
+                return self._lookup(self._speaker(peer), request)
+            case m.Release():
+                return self._release(self._speaker(peer), request)
+            case m.Reserve():
+                return self._reserve(self._speaker(peer), request)
+            case m.Commit():
+                return self._commit(self._speaker(peer), request)
+            case m.Abort():
+                return self._abort(self._speaker(peer), request)
+            case m.Ping():
+                return m.Pong(request.id, self._cache.pool.ready_bytes)
+            case m.Hello():
+                return self._hello(peer, request)
+            case m.Register():
+                return self._register(self._speaker(peer), request)
+            case m.Bye():
+                return self._bye(self._speaker(peer), request)
+            case m.Snapshot():
+                self._demand_service(peer)
+                return m.Report(request.id, self._report())
+            case m.Clear():
+                self._demand_service(peer)
+                cleared = self._cache.clear()
+                self._note(f"cleared {cleared.num_entries} entries, {cleared.num_kept} are in use and stay")
+                return m.Cleared(request.id, cleared.num_entries, cleared.num_kept)
+
+    # --- who speaks
+
+    def _speaker(self, peer: Peer) -> Instance:
+        instance = self._sessions.speaker(peer)
+        if instance is None:
+            raise Refusal(m.REFUSED_UNKNOWN, "this connection speaks for no attached process: attach, then say Hello")
+        return instance
+
+    def _demand_service(self, peer: Peer) -> None:
+        if not self._sessions.is_service(peer):
+            raise Refusal(m.REFUSED_OWNER, "only the server's own service process may ask that; use the HTTP API")
+
+    def _hello(self, peer: Peer, request: m.Hello) -> m.Reply:
+        if request.version != m.WIRE_VERSION:
+            raise Refusal(
+                m.REFUSED_VERSION,
+                f"this server speaks wire version {m.WIRE_VERSION}, you speak {request.version}: "
+                "install the same lmcache version on both sides",
+            )
+        if request.token and not self._sessions.bind(peer, request.token):
+            raise Refusal(m.REFUSED_UNKNOWN, "this token is not, or no longer, of an attached process: attach again")
+        welcome = self._welcome
+        return m.Welcome(
+            request.id, welcome.server, welcome.version, welcome.software, welcome.chunk_tokens, welcome.attach_path
+        )
+
+    def _register(self, instance: Instance, request: m.Register) -> m.Reply:
+        texts = (request.model, request.engine)
+        is_worker = request.role == "worker"
+        _demand(is_worker or request.role == "scheduler", "role is 'scheduler' or 'worker'")
+        _demand(max(map(len, texts)) <= _TEXT_MAX, f"model and engine have at most {_TEXT_MAX} letters")
+        _demand(1 <= request.world_size <= RANKS_MAX, f"world_size is 1 to {RANKS_MAX}")
+        _demand(0 <= request.rank < request.world_size, "rank is 0 to world_size - 1")
+        _demand(len(request.groups) <= _GROUPS_MAX, f"at most {_GROUPS_MAX} layer groups")
+        _demand(len(request.device_ids) <= _DEVICES_MAX, f"at most {_DEVICES_MAX} devices")
+        if is_worker:
+            _demand(instance.writer_slot is not None, "a worker attaches with want_pool")
+            Extents(self._cache.pool.total_bytes).size_class(request.extent_bytes)
+        if instance.registration is not None:
+            self._cache.drop_owner(instance.id)
+        instance.registration = request
+        self._note(
+            f"{instance} registered as {request.role} {request.rank} of {request.world_size}, "
+            f"{_one_line(request.engine)}, model {_one_line(request.model)}, {request.extent_bytes} bytes a chunk"
+        )
+        return m.Done(request.id)
+
+    def _bye(self, instance: Instance, request: m.Bye) -> m.Reply:
+        self._cache.drop_owner(instance.id)
+        self._sessions.unbind(instance)
+        self._note(f"{instance} said goodbye")
+        return m.Done(request.id)
+
+    # --- verbs of the cache
+
+    def _lookup(self, instance: Instance, request: m.Lookup) -> m.Reply:
+        num_keys = _count_keys(request.keys)
+        _demand(0 <= request.first_chunk <= num_keys, "first_chunk is 0 to the number of keys")
+        found = self._cache.lookup(instance.id, request.keys, lease=request.lease, first_chunk=request.first_chunk)
+        counters = self._counters
+        if request.counted:
+            counters.lookups += 1
+            counters.lookup_requested_tokens += num_keys * self._welcome.chunk_tokens
+            counters.lookup_hit_tokens += found.num_chunks * self._welcome.chunk_tokens
+        counters.leases += found.lease != 0
+        return m.Found(
+            request.id,
+            found.num_chunks,
+            found.lease,
+            found.lease_s,
+            array("Q", found.offsets).tobytes(),
+            array("Q", found.checksums).tobytes(),
+        )
+
+    def _release(self, instance: Instance, request: m.Release) -> m.Reply:
+        _demand(len(request.failed) % _U32_BYTES == 0, "failed is a list of uint32")
+        failed = array("I")
+        failed.frombytes(request.failed)
+        if not self._cache.release(instance.id, request.lease, failed.tolist()):
+            raise Refusal(m.REFUSED_OWNER, "this lease is not yours, or has ended")
+        self._counters.retrieves += 1
+        return m.Done(request.id)
+
+    def _reserve(self, instance: Instance, request: m.Reserve) -> m.Reply:
+        _count_keys(request.keys)
+        shape = instance.registration
+        if shape is None or shape.role != "worker":
+            raise Refusal(m.REFUSED_INVALID, "only a registered worker may reserve")
+        granted = self._cache.reserve(
+            instance.id, request.keys, rank=shape.rank, world_size=shape.world_size, extent_bytes=shape.extent_bytes
+        )
+        self._counters.reserved_chunks += granted.states.count(m.GRANTED)
+        offsets = array("Q", granted.offsets).tobytes()
+        return m.Granted(request.id, granted.ticket, granted.states, offsets, self._cache.pool.ready_bytes)
+
+    def _commit(self, instance: Instance, request: m.Commit) -> m.Reply:
+        _demand(len(request.checksums) % _U64_BYTES == 0, "checksums is a list of uint64")
+        checksums = array("Q")
+        checksums.frombytes(request.checksums)
+        try:
+            num_chunks = self._cache.commit(instance.id, request.ticket, checksums.tolist())
+        except ValueError as error:
+            raise Refusal(m.REFUSED_INVALID, str(error)) from None
+        if num_chunks is None:
+            raise Refusal(m.REFUSED_OWNER, "this ticket is not yours, or has ended")
+        self._counters.stores += 1
+        self._counters.stored_chunks += num_chunks
+        return m.Committed(request.id, num_chunks)
+
+    def _abort(self, instance: Instance, request: m.Abort) -> m.Reply:
+        if not self._cache.abort(instance.id, request.ticket):
+            raise Refusal(m.REFUSED_OWNER, "this ticket is not yours, or has ended")
+        self._counters.aborts += 1
+        return m.Done(request.id)
+
+
+def _demand(holds: bool, rule: str) -> None:
+    if not holds:
+        raise Refusal(m.REFUSED_INVALID, rule)
+
+
+def _count_keys(keys: bytes) -> int:
+    num_keys, rest = divmod(len(keys), KEY_BYTES)
+    _demand(rest == 0, f"keys are {KEY_BYTES} bytes each")
+    _demand(0 < num_keys <= m.KEYS_MAX, f"a request names 1 to {m.KEYS_MAX} keys, not {num_keys}")
+    return num_keys
+
+
+def _one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

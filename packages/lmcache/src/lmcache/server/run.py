@@ -1,0 +1,121 @@
+"""Puts a server together, runs it, takes it apart again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from lmcache.config import GB, ServerConfig
+from lmcache.errors import ConfigError, LMCacheError
+from lmcache.server import ports
+from lmcache.server.supervisor import Supervisor
+from lmcache.system import SystemClock, SystemEntropy
+from lmcache_cli._version import __version__
+from lmcache_cli.api import RPC_PORT
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_FILES_MAX = 65536
+
+
+def exit_status(error: LMCacheError) -> int:
+    """2 for a setting that cannot work, 1 for a machine that does not let us."""
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def serve(config: ServerConfig) -> None:
+    """Run a server until SIGTERM, SIGINT or SIGHUP.
+
+    Raises:
+        LMCacheError: it cannot start; one sentence. ``exit_status`` tells the status to end with.
+    """
+    level = _log_level()
+    logging.basicConfig(level=level, format=LOG_FORMAT)
+    _raise_file_limit()
+    gid = _group(config.attach_group)
+    rpc_endpoint = ports.endpoint(config.host, config.rpc_port)
+    with ports.listen(config.http_host, config.http_port) as http_socket, _wake_pair() as (wake, waker):
+        from lmcache.wire.door import default_path
+
+        path = os.path.abspath(config.attach_path or default_path(config.rpc_port, gid))
+        boot = {
+            "endpoint": f"ipc://{path}.rpc",
+            "version": __version__,
+            "config": {**asdict(config), "attach_path": path},
+            "log_level": level,
+            "log_format": LOG_FORMAT,
+        }
+        supervisor = Supervisor(SystemClock(), SystemEntropy(), http_socket, boot)
+        # First of all, because its imports take longest; it waits for the core as the core would wait for it.
+        supervisor.start()
+        try:
+            from lmcache.server.assembly import Plan, run_core
+
+            plan = Plan(config, path, gid, rpc_endpoint)
+            run_core(plan, supervisor, wake, waker, lambda: _announce(config))
+        finally:
+            supervisor.stop()
+
+
+def _announce(config: ServerConfig) -> None:
+    rpc, http = f"tcp://{config.host}:{config.rpc_port}", f"http://{config.http_host}:{config.http_port}"
+    print(
+        f"lmcache server {__version__}: RPC {rpc}, HTTP {http}, L1 {config.l1_bytes / GB:g} GB, "
+        f"{config.eviction_policy}, chunks of {config.chunk_tokens} tokens"
+    )
+    command = "vllm serve MODEL --kv-offloading-backend lmcache --kv-offloading-size 1"
+    if config.rpc_port != RPC_PORT:
+        command = (
+            "vllm serve MODEL --kv-transfer-config "
+            '\'{"kv_connector":"LMCacheMPConnector","kv_role":"kv_both","kv_connector_extra_config":'
+            f'{{"lmcache.mp.host":"tcp://localhost","lmcache.mp.port":{config.rpc_port}}}}}\''
+        )
+    print(f"engines of this machine use it with: {command}", flush=True)
+
+
+def _log_level() -> str:
+    level = os.environ.get("LMCACHE_LOG_LEVEL", "INFO").upper()
+    if level not in _LEVELS:
+        raise ConfigError(f"LMCACHE_LOG_LEVEL is one of {', '.join(_LEVELS)}, not {level!r}")
+    return level
+
+
+def _raise_file_limit() -> None:
+    """Each attached process and each connection takes a descriptor; the usual soft limit of 1024 is too low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, _FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _group(name: str | None) -> int | None:
+    if name is None:
+        return None
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(f"--attach-group: there is no group {name!r} on this machine") from None
+
+
+@contextlib.contextmanager
+def _wake_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A pair of sockets; every signal that we handle writes its number into the second."""
+    wake, waker = socket.socketpair()
+    with wake, waker:
+        wake.setblocking(False)
+        waker.setblocking(False)
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        try:
+            yield wake, waker
+        finally:
+            signal.set_wakeup_fd(-1)
