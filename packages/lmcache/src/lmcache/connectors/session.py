@@ -1,0 +1,160 @@
+"""The asking side of an engine (its scheduler): how much of a prompt does the server hold? Never waits.
+
+Requests go out and answers come in between two steps of the engine, on the engine's own thread; what has not been
+answered by its deadline is a miss, and a server that lets a deadline pass is dropped until it greets again.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lmcache.connectors.link import Line, Link
+from lmcache.errors import PeerSilent
+from lmcache.wire.messages import KEYS_MAX, Found, Lookup, Refused, Release
+
+LOOKUP_S = 1.0
+"""A lookup takes well under a millisecond; a server that needs this long is stopped, and the engine goes on without
+it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A held prefix, pinned by ``lease`` until released (at ``good_until`` on the monotonic clock at the latest).
+
+    ``offsets`` and ``checksums`` cover chunks ``first_chunk`` to ``num_chunks``, all ranks of a chunk together.
+    """
+
+    line: Line
+    num_chunks: int
+    first_chunk: int
+    lease: int
+    good_until: float
+    offsets: array[int]
+    checksums: array[int]
+
+
+@dataclass(eq=False, slots=True)
+class Question:
+    """One lookup under way. ``answer`` is None both before it is ``over`` and for a miss."""
+
+    line: Line
+    first_chunk: int
+    deadline: float
+    over: bool = False
+    abandoned: bool = False
+    answer: Prefix | None = None
+
+
+class SchedulerSession:
+    """Lookups and releases over a link; all methods are for the engine's scheduling thread."""
+
+    def __init__(self, link: Link, now: Callable[[], float] = time.monotonic) -> None:
+        self._link = link
+        self._now = now
+        self._line: Line | None = None
+        self._asked: dict[int, Question] = {}
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """The server's chunk size, or None while there is no server."""
+        line = self._refresh()
+        return line.chunk_tokens if line else None
+
+    def ask(self, keys: Sequence[bytes], first_chunk: int = 0, counted: bool = True) -> Question | None:
+        """Look a prefix up and lease it; None when there is nobody to ask.
+
+        Args:
+            first_chunk: leading chunks that the engine holds itself and will not load.
+            counted: False for a repetition on behalf of the same request.
+        """
+        line = self._refresh()
+        if line is None:
+            return None
+        request = Lookup(0, keys=b"".join(keys[:KEYS_MAX]), first_chunk=first_chunk, counted=counted)
+        try:
+            request_id = line.client.send(request)
+        except PeerSilent as error:
+            self._drop(line, str(error))
+            return None
+        question = Question(line, first_chunk, self._now() + LOOKUP_S)
+        self._asked[request_id] = question
+        return question
+
+    def poll(self, question: Question) -> bool:
+        """Whether the question is over: answered, timed out, or its server gone."""
+        if not question.over:
+            self.pump()
+        if not question.over and self._now() >= question.deadline:
+            self._drop(question.line, f"the server did not answer a lookup within {LOOKUP_S:g} s")
+        return question.over
+
+    def cancel(self, question: Question) -> None:
+        """Nobody waits for this answer any more; a lease that it brought, or will bring, is given back."""
+        if question.answer is not None:
+            self.release(question.answer)
+        question.over, question.abandoned, question.answer = True, True, None
+
+    def release(self, prefix: Prefix, failed: Sequence[int] = ()) -> None:
+        """End the lease; ``failed`` are its chunks (counted from its first) whose bytes were not what was stored."""
+        self._release(prefix.line, prefix.lease, failed)
+
+    def pump(self) -> None:
+        """Take in what has arrived. Never waits."""
+        line = self._refresh()
+        if line is None:
+            return
+        for reply in line.client.receive():
+            question = self._asked.pop(reply.id, None)
+            if question is None:
+                continue
+            if isinstance(reply, Refused):
+                question.over = True
+                if reply.retry_ms == 0:
+                    self._drop(line, f"the server refused a lookup: {reply.message}")
+                    return
+            elif isinstance(reply, Found):
+                question.answer = None if question.abandoned else _read(reply, question, self._now())
+                question.over = True
+                if question.answer is None:
+                    self._release(line, reply.lease, ())
+
+    def close(self) -> None:
+        """Detach; the server frees what this process held."""
+        self._link.close()
+        self._refresh()
+
+    def _refresh(self) -> Line | None:
+        """The current line; the end of the former one ends its conversation and makes its questions misses."""
+        line = self._link.line
+        if line is not self._line:
+            if self._line is not None:
+                self._line.client.close()
+                for question in self._asked.values():
+                    question.over = True
+                self._asked.clear()
+            self._line = line
+        return line
+
+    def _release(self, line: Line, lease: int, failed: Sequence[int]) -> None:
+        if lease and self._refresh() is line:
+            try:
+                line.client.send(Release(0, lease=lease, failed=array("I", failed).tobytes()))
+            except PeerSilent as error:
+                self._drop(line, str(error))
+
+    def _drop(self, line: Line, why: str) -> None:
+        self._link.drop(line, why)
+        self._refresh()
+
+
+def _read(reply: Found, question: Question, now: float) -> Prefix | None:
+    """The prefix that a reply describes, or None for a miss (a reply that contradicts itself is one, too)."""
+    num_leased = reply.num_chunks - question.first_chunk
+    offsets, checksums = array("Q", reply.offsets), array("Q", reply.checksums)
+    if num_leased <= 0 or not reply.lease or len(offsets) != len(checksums) or len(offsets) % num_leased:
+        return None
+    until = now + reply.lease_s
+    return Prefix(question.line, reply.num_chunks, question.first_chunk, reply.lease, until, offsets, checksums)

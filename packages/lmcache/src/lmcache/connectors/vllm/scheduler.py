@@ -1,0 +1,333 @@
+"""The scheduler's half of the connector: what of a request is held, what is loaded, what is stored. Never waits.
+
+A request goes through: lookup sent on arrival -> asked by vLLM ("ask again" until the answer is there) -> claim, when
+the held prefix is longer than what the engine has itself -> blocks allocated -> load ordered -> every rank has
+reported -> lease released. Stores follow the tokens: a chunk is ordered once the step of its last token is over.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lmcache.connectors.session import Prefix, SchedulerSession
+from lmcache.connectors.vllm.identity import Bypass
+from lmcache.connectors.vllm.metadata import Load, StepMetadata, StepReport, Store
+from lmcache.connectors.vllm.tracker import KeyChain, Tracker
+from lmcache.keys import Value
+from lmcache.transfer.plan import NOT_WRITTEN
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+LOOKAHEAD_MAX = 4
+"""Lookups ahead of their turn: enough that an answer is there when vLLM asks, few enough that a long queue pins
+nothing."""
+
+LEASE_MARGIN_S = 10.0
+"""A lease is taken anew when less than this is left of it at the moment of the claim."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """A load that the workers have been given."""
+
+    request_id: str
+    prefix: Prefix
+
+
+class SchedulerHalf:
+    """Decisions for one engine.
+
+    Args:
+        engine_fields: the namespace's fields that all requests share.
+        block_tokens: tokens of an engine block.
+        world_size: ranks that each hold a part of a chunk.
+        num_workers: processes that report each job (more than ``world_size`` where ranks hold the same KV).
+    """
+
+    def __init__(
+        self,
+        session: SchedulerSession,
+        engine_fields: Mapping[str, Value],
+        block_tokens: int,
+        world_size: int,
+        num_workers: int,
+    ) -> None:
+        self._session = session
+        self._engine_fields = dict(engine_fields)
+        self._block_tokens = block_tokens
+        self._world_size = world_size
+        self._num_workers = num_workers
+        self._trackers: dict[str, Tracker] = {}
+        self._loading: dict[int, _Loading] = {}
+        self._reports: dict[int, int] = {}
+        self._failed: dict[int, set[int]] = {}
+        self._store_owner: dict[int, str] = {}
+        self._next = StepMetadata()
+        self._last_job = 0
+        self._num_resets = 0
+
+    # --- lookup and claim ---------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        """Send the lookup early, so that its answer is there at the request's turn."""
+        tracker = self._tracker(request)
+        waiting = sum(1 for other in self._trackers.values() if other.question or other.prefix)
+        if waiting < LOOKAHEAD_MAX:
+            self._ask(tracker, first_chunk=0)
+
+    def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
+        """vLLM's question: tokens beyond ``local_tokens`` that we can load, or None for "ask again"."""
+        tracker = self._tracker(request)
+        if tracker.bypassed or tracker.settled_at == request.num_preemptions or tracker.load_job is not None:
+            return 0, False
+        if tracker.prefix is not None and tracker.prefix.good_until - time.monotonic() < LEASE_MARGIN_S:
+            self._session.release(tracker.prefix)
+            tracker.prefix = None
+        if tracker.prefix is None:
+            if tracker.question is None and not self._ask(tracker, local_tokens // self._chunk_tokens(tracker)):
+                return 0, False
+            if not self._answered(tracker):
+                return None, False
+        prefix, chain = tracker.prefix, tracker.chain
+        if prefix is None or chain is None:
+            tracker.settled_at = request.num_preemptions
+            return 0, False
+        # The last token is always computed, since its logits are wanted; its block is loaded whole all the same.
+        usable = min(prefix.num_chunks * chain.chunk_tokens, request.num_tokens - 1)
+        if usable <= local_tokens or local_tokens // chain.chunk_tokens < prefix.first_chunk:
+            return 0, False
+        tracker.local_tokens = local_tokens
+        return usable - local_tokens, True
+
+    def allocated(self, request: Request, blocks: Sequence[int], num_external_tokens: int) -> None:
+        """vLLM has given the request its blocks: load into them what was claimed, or let the claim go."""
+        tracker = self._tracker(request)
+        tracker.blocks = list(blocks)
+        prefix, tracker.prefix = tracker.prefix, None
+        if prefix is None:
+            return
+        if num_external_tokens == 0 or tracker.chain is None:
+            self._session.release(prefix)
+            return
+        tracker.settled_at = request.num_preemptions
+        tracker.load_job = self._new_job()
+        self._loading[tracker.load_job] = _Loading(request.request_id, prefix)
+        self._next.loads.append(self._plan_load(tracker, tracker.chain, prefix, num_external_tokens))
+
+    def _plan_load(self, tracker: Tracker, chain: KeyChain, prefix: Prefix, num_external_tokens: int) -> Load:
+        """Chunks from the one that the engine's own tokens end in. Blocks that the engine computed itself may belong to
+        other requests already: their bytes are checked with the rest of the chunk, but never written."""
+        step, block = chain.chunk_tokens, self._block_tokens
+        total = tracker.local_tokens + num_external_tokens
+        first, stop = tracker.local_tokens // step, -(-total // step)
+        first_written, stop_written = tracker.local_tokens // block, -(-total // block)
+        blocks = tuple(
+            tracker.blocks[index] if first_written <= index < stop_written else NOT_WRITTEN
+            for index in range(first * step // block, stop * step // block)
+        )
+        span = slice((first - prefix.first_chunk) * self._world_size, (stop - prefix.first_chunk) * self._world_size)
+        assert tracker.load_job is not None
+        return Load(
+            tracker.load_job,
+            tracker.request.request_id,
+            prefix.line.server,
+            b"".join(chain.keys[first:stop]),
+            blocks,
+            tuple(prefix.offsets[span]),
+            tuple(prefix.checksums[span]),
+        )
+
+    def _ask(self, tracker: Tracker, first_chunk: int) -> bool:
+        """Send a lookup; False when there is nothing to ask or nobody to ask."""
+        chain = self._chain(tracker)
+        if chain is None or tracker.settled_at == tracker.request.num_preemptions:
+            return False
+        keys = self._extend(tracker, chain, tracker.request.num_tokens)
+        if len(keys) <= first_chunk:
+            return False
+        tracker.question = self._session.ask(keys, first_chunk, counted=not tracker.asked)
+        tracker.asked = tracker.asked or tracker.question is not None
+        return tracker.question is not None
+
+    def _answered(self, tracker: Tracker) -> bool:
+        question = tracker.question
+        if question is not None and self._session.poll(question):
+            tracker.question = None
+            prefix = question.answer
+            if (
+                prefix is not None
+                and len(prefix.offsets) != (prefix.num_chunks - prefix.first_chunk) * self._world_size
+            ):
+                self._session.release(prefix)
+                prefix = None
+            tracker.prefix = prefix
+        return tracker.question is None
+
+    # --- store --------------------------------------------------------------------------------------------------------
+
+    def build(self, output: SchedulerOutput) -> StepMetadata:
+        """The orders of this step; call once a step."""
+        self._session.pump()
+        for request_id in getattr(output, "preempted_req_ids", None) or ():
+            self._preempted(request_id)
+        self._follow_blocks(output)
+        for request_id in output.num_scheduled_tokens:
+            tracker = self._trackers.get(request_id)
+            if tracker is not None and not tracker.bypassed:
+                self._order_stores(tracker)
+        step, self._next = self._next, StepMetadata()
+        return step
+
+    def finished(self, request: Request, blocks: Sequence[int]) -> bool:
+        """The request is over; True when its blocks must stay until its stores are (reported as sent exactly once)."""
+        tracker = self._trackers.pop(request.request_id, None)
+        if tracker is None:
+            return False
+        if tracker.question is not None:
+            self._session.cancel(tracker.question)
+        if tracker.prefix is not None:
+            self._session.release(tracker.prefix)
+        if tracker.load_job is not None:
+            # The load still runs: vLLM keeps the blocks until it is reported received, and only that may be reported.
+            return False
+        tracker.blocks = list(blocks)
+        if not tracker.bypassed:
+            self._order_stores(tracker)
+        if not tracker.store_jobs:
+            return False
+        self._next.closing.append(request.request_id)
+        return True
+
+    def _order_stores(self, tracker: Tracker) -> None:
+        chain = self._chain(tracker)
+        if chain is None or tracker.load_job is not None:
+            return
+        per_chunk = chain.chunk_tokens // self._block_tokens
+        stop = min(tracker.confirmed_tokens // chain.chunk_tokens, len(tracker.blocks) // per_chunk)
+        first = tracker.num_stored
+        if stop <= first:
+            return
+        keys = self._extend(tracker, chain, stop * chain.chunk_tokens)
+        if tracker.bypassed:
+            return
+        job = self._new_job()
+        tracker.num_stored = stop
+        tracker.store_jobs.add(job)
+        self._store_owner[job] = tracker.request.request_id
+        blocks = tuple(tracker.blocks[first * per_chunk : stop * per_chunk])
+        self._next.stores.append(Store(job, tracker.request.request_id, b"".join(keys[first:stop]), blocks))
+
+    def _preempted(self, request_id: str) -> None:
+        """vLLM has taken the blocks back: copies that still run may read what is no longer theirs."""
+        tracker = self._trackers.get(request_id)
+        if tracker is not None:
+            self._next.marked.extend(tracker.store_jobs)
+            tracker.num_stored = 0
+            tracker.blocks = []
+
+    def _follow_blocks(self, output: SchedulerOutput) -> None:
+        for new in output.scheduled_new_reqs:
+            tracker = self._trackers.get(new.req_id)
+            if tracker is not None:
+                tracker.blocks = list(new.block_ids[0])
+        cached = output.scheduled_cached_reqs
+        for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            tracker = self._trackers.get(request_id)
+            if tracker is None or new_blocks is None:
+                continue
+            if request_id in cached.resumed_req_ids:
+                tracker.blocks = list(new_blocks[0])
+            else:
+                tracker.blocks.extend(new_blocks[0])
+
+    # --- reports ------------------------------------------------------------------------------------------------------
+
+    def take_report(self, report: StepReport) -> None:
+        """What the workers have finished: a job is over when every one of them has said so."""
+        for job, chunks in report.failed.items():
+            self._failed.setdefault(job, set()).update(chunks)
+        for job, count in report.ended.items():
+            self._reports[job] = self._reports.get(job, 0) + count
+            if self._reports[job] >= self._num_workers:
+                del self._reports[job]
+                self._job_over(job)
+
+    def _job_over(self, job: int) -> None:
+        loading = self._loading.pop(job, None)
+        failed = sorted(self._failed.pop(job, ()))
+        if loading is not None:
+            self._session.release(loading.prefix, failed)
+            tracker = self._trackers.get(loading.request_id)
+            if tracker is not None and tracker.load_job == job:
+                tracker.load_job = None
+            return
+        tracker = self._trackers.get(self._store_owner.pop(job, ""))
+        if tracker is not None:
+            tracker.store_jobs.discard(job)
+
+    # --- the rest -----------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """vLLM was told that what is cached is no longer true of its weights: from now on this engine is another."""
+        self._num_resets += 1
+        self._engine_fields["reset"] = (self._num_resets, time.time_ns())
+        for tracker in self._trackers.values():
+            tracker.chain = None
+            tracker.num_stored = 0
+            if tracker.prefix is not None:
+                self._session.release(tracker.prefix)
+            if tracker.question is not None:
+                self._session.cancel(tracker.question)
+            tracker.prefix = tracker.question = None
+
+    def close(self) -> None:
+        """Detach."""
+        self._session.close()
+
+    def _tracker(self, request: Request) -> Tracker:
+        tracker = self._trackers.get(request.request_id)
+        if tracker is None or tracker.request is not request:
+            tracker = self._trackers[request.request_id] = Tracker(request)
+            # A resumable request's tokens are rewritten while it runs; a pooling request has no second use.
+            tracker.bypassed = bool(getattr(request, "resumable", False))
+        return tracker
+
+    def _chain(self, tracker: Tracker) -> KeyChain | None:
+        """The request's keys under the server's chunk size; None while there is no server, or when it is bypassed."""
+        chunk_tokens = self._session.chunk_tokens
+        if tracker.bypassed or chunk_tokens is None:
+            return None
+        if tracker.chain is None or tracker.chain.chunk_tokens != chunk_tokens:
+            try:
+                tracker.chain = KeyChain(tracker.request, self._engine_fields, chunk_tokens)
+            except Bypass as error:
+                self._bypass(tracker, error)
+                return None
+            tracker.num_stored = 0
+        return tracker.chain
+
+    def _extend(self, tracker: Tracker, chain: KeyChain, num_tokens: int) -> list[bytes]:
+        try:
+            return chain.upto(num_tokens)
+        except (Bypass, OverflowError) as error:
+            self._bypass(tracker, error)
+            return []
+
+    def _bypass(self, tracker: Tracker, error: Exception) -> None:
+        logger.warning("request %s is not cached: %s", tracker.request.request_id, error)
+        tracker.bypassed = True
+
+    def _chunk_tokens(self, tracker: Tracker) -> int:
+        return tracker.chain.chunk_tokens if tracker.chain else (self._session.chunk_tokens or 1)
+
+    def _new_job(self) -> int:
+        self._last_job += 1
+        return self._last_job

@@ -1,0 +1,74 @@
+"""One vLLM request as the cache sees it: its chain of keys, what is looked up, what is stored, which blocks it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lmcache.connectors.session import Prefix, Question
+from lmcache.connectors.vllm.identity import request_extras, request_fields
+from lmcache.keys import Value, extend, namespace, pack_tokens
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+class KeyChain:
+    """Keys of a request's whole chunks, computed once and extended as tokens are generated.
+
+    Raises (also from ``upto``):
+        Bypass: the request has no stable identity.
+        OverflowError: a token id that is none.
+    """
+
+    def __init__(self, request: Request, engine_fields: Mapping[str, Value], chunk_tokens: int) -> None:
+        self._request = request
+        self.chunk_tokens = chunk_tokens
+        fields = {**engine_fields, **request_fields(request), "chunk_tokens": chunk_tokens}
+        self._parent = namespace(fields)
+        self._plain = not (request.mm_features or request.lora_request or request.prompt_embeds is not None)
+        self._feature = 0
+        self.keys: list[bytes] = []
+
+    def upto(self, num_tokens: int) -> list[bytes]:
+        """The chain extended to the whole chunks among the first ``num_tokens`` tokens (never shortened)."""
+        start, stop = len(self.keys), num_tokens // self.chunk_tokens
+        if stop > start:
+            step = self.chunk_tokens
+            tokens = self._request.all_token_ids[start * step : stop * step]
+            extras: list[bytes] = []
+            if not self._plain:
+                for chunk in range(start, stop):
+                    extra, self._feature = request_extras(
+                        self._request, chunk * step, (chunk + 1) * step, self._feature
+                    )
+                    extras.append(extra)
+            self.keys += extend(self.keys[-1] if self.keys else self._parent, pack_tokens(tokens), step, extras)
+        return self.keys
+
+
+class Tracker:
+    """State of one request on the scheduler's side. All counts are of chunks unless named otherwise."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.chain: KeyChain | None = None
+        self.bypassed = False
+        self.blocks: list[int] = []
+        self.num_stored = 0  # given to the workers, whatever becomes of it
+        self.store_jobs: set[int] = set()  # not reported by all ranks yet
+        self.question: Question | None = None
+        self.prefix: Prefix | None = None  # claimed or claimable, not yet loading
+        self.local_tokens = 0  # computed by the engine itself when the claim was made
+        self.load_job: int | None = None
+        self.asked = False  # a lookup has been counted for this request
+        self.settled_at: int | None = (
+            None  # num_preemptions at which the cache had its say; asked again only after one more
+        )
+
+    @property
+    def confirmed_tokens(self) -> int:
+        """Tokens whose KV is final: computed by a step that is over, and accepted (drafts of speculation are not
+        yet)."""
+        in_flight = getattr(self.request, "num_in_flight_tokens", 0)
+        return min(self.request.num_computed_tokens - in_flight, self.request.num_tokens)

@@ -1,0 +1,1 @@
+"""Import paths that stock engines look for."""
