@@ -3,8 +3,8 @@
     python benchmarks/copy.py [--json PATH] [--total-mib 256] [--rounds 9]
 
 Both sides move the same fragments (block-sized pieces of anonymous memory, in a shuffled order) to and from the same
-MAP_SHARED tmpfs file; everything is touched beforehand. The rounds alternate between the two, and the table shows medians
-of one run, so a busy neighbour slows both. memcpy is numpy's ``take``: one C loop with a memcpy a fragment.
+MAP_SHARED tmpfs file; everything is touched beforehand. The rounds alternate between the two, and the table shows
+medians of one run, so a busy neighbour slows both. memcpy is numpy's ``take``: one C loop with a memcpy a fragment.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ public:
     std::vector<T> rows() const {
         if (!holds_words()) refuse(name_ + " must hold 64-bit integers in native byte order");
         if (bytes() % sizeof(T) != 0) {
-            refuse(name_ + " has " + std::to_string(bytes()) + " bytes, which is no multiple of " + std::to_string(sizeof(T)));
+            const std::string row_bytes = std::to_string(sizeof(T));
+            refuse(name_ + " has " + std::to_string(bytes()) + " bytes, which is no multiple of " + row_bytes);
         }
         std::vector<T> items(bytes() / sizeof(T));
         if (!items.empty()) std::memcpy(items.data(), data(), bytes());
@@ -112,8 +113,8 @@ std::vector<u64> run(const lmcache::Plan& plan) {
     return lmcache::copy(plan, lmcache::best_kernels());
 }
 
-py::bytes store(const py::buffer& pool, const py::buffer& segments, const py::object& num_blocks, const py::buffer& blocks,
-                const py::buffer& offsets, const py::buffer& seeds, const py::object& threads) {
+py::bytes store(const py::buffer& pool, const py::buffer& segments, const py::object& num_blocks,
+                const py::buffer& blocks, const py::buffer& offsets, const py::buffer& seeds, const py::object& threads) {
     const View memory(pool, "pool", true);
     const Tables tables{segments, num_blocks, blocks, offsets, seeds, nullptr, threads};
     const std::vector<u64> sums = run(plan_of(lmcache::Direction::store, memory, tables));

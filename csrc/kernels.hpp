@@ -7,8 +7,8 @@
 
 namespace lmcache {
 
-// The long-input loop of XXH3 (inputs above 240 bytes): folds all of `src` into eight lanes. The variants that also write
-// need a whole number of 64-byte stripes; each stripe is loaded once, and that load feeds both the lanes and the store.
+// The long-input loop of XXH3 (inputs above 240 bytes): folds all of `src` into eight lanes. The variants that also
+// write need a whole number of 64-byte stripes; each is loaded once, and that load feeds both the lanes and the store.
 using Accumulate = void (*)(std::uint64_t* lanes, const std::uint8_t* src, std::uint8_t* dst, std::size_t bytes,
                             const std::uint8_t* secret);
 

@@ -27,7 +27,8 @@ public:
 
     void scramble(const std::uint8_t* secret) {
         const __m512i prime = _mm512_set1_epi64(0x9E3779B1);
-        const __m512i mixed = _mm512_xor_si512(_mm512_xor_si512(acc_, _mm512_srli_epi64(acc_, 47)), _mm512_loadu_si512(secret));
+        const __m512i shifted = _mm512_xor_si512(acc_, _mm512_srli_epi64(acc_, 47));
+        const __m512i mixed = _mm512_xor_si512(shifted, _mm512_loadu_si512(secret));
         const __m512i high = _mm512_mul_epu32(_mm512_srli_epi64(mixed, 32), prime);
         acc_ = _mm512_add_epi64(_mm512_mul_epu32(mixed, prime), _mm512_slli_epi64(high, 32));
     }

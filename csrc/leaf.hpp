@@ -39,7 +39,7 @@ std::uint64_t store_leaf(const Kernels& kernels, Fragments& from, std::uint8_t* 
 std::uint64_t retrieve_leaf(const Kernels& kernels, const std::uint8_t* pool, Fragments& to, std::size_t bytes);
 
 // XXH3-64, seeded, over the little-endian leaf hashes: the checksum of an extent.
-std::uint64_t checksum_of(const Kernels& kernels, const std::uint64_t* leaf_hashes, std::size_t count, std::uint64_t seed);
+std::uint64_t checksum_of(const Kernels& kernels, const std::uint64_t* hashes, std::size_t count, std::uint64_t seed);
 
 // Leaf hashes of bytes that stay where they are.
 std::vector<std::uint64_t> leaf_hashes(const Kernels& kernels, const std::uint8_t* data, std::size_t bytes);

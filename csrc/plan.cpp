@@ -51,7 +51,8 @@ void check_shapes(Plan& plan) {
         return;
     }
     if (plan.blocks.empty() || plan.blocks.size() % num_chunks != 0) {
-        refuse(std::to_string(plan.blocks.size()) + " block ids do not divide into " + std::to_string(num_chunks) + " chunks");
+        const std::string num_ids = std::to_string(plan.blocks.size());
+        refuse(num_ids + " block ids do not divide into " + std::to_string(num_chunks) + " chunks");
     }
     plan.blocks_per_chunk = plan.blocks.size() / num_chunks;
     if (__builtin_mul_overflow(plan.block_bytes, plan.blocks_per_chunk, &plan.extent_bytes)) {

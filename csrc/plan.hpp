@@ -11,7 +11,7 @@ namespace lmcache {
 inline constexpr std::int64_t kNoBlock = -1;
 inline constexpr unsigned kThreadsMax = 256;
 
-// A byte range that every block of the engine's memory has: at `address` in block 0, `stride` bytes further in each next.
+// A byte range that every block of the engine's memory has: at `address` in block 0, `stride` bytes further in the next.
 struct Segment {
     std::uint64_t address;
     std::uint64_t stride;
@@ -45,8 +45,8 @@ struct Plan {
     }
 };
 
-// Fills the derived fields. Throws std::invalid_argument, one sentence, where a copy would reach outside the pool or the
-// engine's blocks, where two of its writes would meet, or where the tables do not fit each other.
+// Fills the derived fields. Throws std::invalid_argument, one sentence, where a copy would reach outside the pool or
+// the engine's blocks, where two of its writes would meet, or where the tables do not fit each other.
 void check(Plan& plan);
 
 }  // namespace lmcache

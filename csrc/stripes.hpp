@@ -1,6 +1,6 @@
 // Shape of XXH3's long-input loop, shared by the instruction sets. Only kernels_*.cpp include this.
 //
-// Everything here has internal linkage: the same template compiled with different -m flags must not be merged by the linker.
+// Everything here has internal linkage: the linker must not merge a template that was compiled with different -m flags.
 #pragma once
 
 #include <cstddef>
@@ -20,9 +20,9 @@ constexpr std::size_t kBlockBytes = kStripeBytes * kStripesPerBlock;
 constexpr std::size_t kScrambleAt = 128;   // in the secret
 constexpr std::size_t kLastStripeAt = 121;  // in the secret
 
-// Bytes ahead of a load: into L2 a page away, where the hardware's own prefetcher, which stops at page ends, is not yet; into
-// L1 eight lines away. Into L1 alone: 9.3 GB/s, into L2 alone: 10.3, both: 10.7 (store, 64 KiB fragments, one thread of a
-// 2-core Xeon with AVX-512, where memcpy runs at 7.0). Reading past the end of what is mapped is harmless in a prefetch.
+// Bytes ahead of a load: into L2 a page away, where the hardware's own prefetcher, which stops at page ends, is not yet;
+// into L1 eight lines away. Into L1 alone: 9.3 GB/s, into L2 alone: 10.3, both: 10.7 (store, 64 KiB fragments, one
+// thread of a 2-core Xeon with AVX-512, where memcpy runs at 7.0). A prefetch may reach past what is mapped.
 constexpr std::size_t kFarBytes = 4096;
 constexpr std::size_t kNearBytes = 512;
 

@@ -5,9 +5,9 @@
 
 namespace lmcache {
 
-// Runs `work` in `count` threads at once and returns when all are done. The threads may use every CPU of the machine: the
-// caller is often pinned to one core by its engine, and that core is busy. `work` must not throw, and must be complete when
-// any number of its runs, even one, has returned.
+// Runs `work` in `count` threads at once and returns when all are done. The threads may use every CPU of the machine:
+// the caller is often pinned to one core by its engine, and that core is busy. `work` must not throw, and every run must
+// take on whatever the others left, since a machine short of threads starts fewer.
 void fan_out(unsigned count, const std::function<void()>& work);
 
 }  // namespace lmcache

@@ -1,4 +1,4 @@
-// Random plans against a naive copy, on every instruction set of this machine; built with ASan and UBSan (LMCACHE_SANITIZE).
+// Random plans against a naive copy, on every instruction set of this machine; under ASan and UBSan (LMCACHE_SANITIZE).
 // Usage: native_tests [number of plans] [seed]
 #include <algorithm>
 #include <cstdio>
@@ -49,7 +49,7 @@ std::size_t some_length() {
     }
 }
 
-// An engine's memory and a pool, each allocation exactly as long as the plan may touch, so that ASan sees one byte more.
+// An engine's memory and a pool; no allocation is longer than the plan may touch, so that ASan sees one byte too many.
 struct World {
     explicit World(Direction direction) {
         plan.direction = direction;
@@ -152,7 +152,9 @@ void a_retrieve_writes_its_blocks_and_nothing_else(const Kernels& kernels) {
         });
     }
     const std::vector<Bytes> expected = world.memory;
-    for (std::size_t i = 0; i < before.size(); ++i) std::copy(before[i].begin(), before[i].end(), world.memory[i].begin());
+    for (std::size_t i = 0; i < before.size(); ++i) {
+        std::copy(before[i].begin(), before[i].end(), world.memory[i].begin());
+    }
     const std::vector<u64> sums = copy(world.plan, kernels);
     REQUIRE(world.memory == expected);
     REQUIRE(world.pool == pool);
