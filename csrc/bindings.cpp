@@ -114,7 +114,8 @@ std::vector<u64> run(const lmcache::Plan& plan) {
 }
 
 py::bytes store(const py::buffer& pool, const py::buffer& segments, const py::object& num_blocks,
-                const py::buffer& blocks, const py::buffer& offsets, const py::buffer& seeds, const py::object& threads) {
+                const py::buffer& blocks, const py::buffer& offsets, const py::buffer& seeds,
+                const py::object& threads) {
     const View memory(pool, "pool", true);
     const Tables tables{segments, num_blocks, blocks, offsets, seeds, nullptr, threads};
     const std::vector<u64> sums = run(plan_of(lmcache::Direction::store, memory, tables));

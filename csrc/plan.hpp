@@ -11,7 +11,7 @@ namespace lmcache {
 inline constexpr std::int64_t kNoBlock = -1;
 inline constexpr unsigned kThreadsMax = 256;
 
-// A byte range that every block of the engine's memory has: at `address` in block 0, `stride` bytes further in the next.
+// A byte range that every block of the engine's memory has: at `address` in block 0, `stride` further in the next.
 struct Segment {
     std::uint64_t address;
     std::uint64_t stride;

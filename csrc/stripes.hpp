@@ -20,7 +20,7 @@ constexpr std::size_t kBlockBytes = kStripeBytes * kStripesPerBlock;
 constexpr std::size_t kScrambleAt = 128;   // in the secret
 constexpr std::size_t kLastStripeAt = 121;  // in the secret
 
-// Bytes ahead of a load: into L2 a page away, where the hardware's own prefetcher, which stops at page ends, is not yet;
+// Bytes ahead of a load: into L2 a page away, where the hardware's prefetcher, which stops at page ends, is not yet;
 // into L1 eight lines away. Into L1 alone: 9.3 GB/s, into L2 alone: 10.3, both: 10.7 (store, 64 KiB fragments, one
 // thread of a 2-core Xeon with AVX-512, where memcpy runs at 7.0). A prefetch may reach past what is mapped.
 constexpr std::size_t kFarBytes = 4096;
