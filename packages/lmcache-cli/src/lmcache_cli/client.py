@@ -1,4 +1,4 @@
-"""HTTP: one class a service, one method an endpoint. The only door to httpx.
+"""HTTP: one class a service, one method an endpoint; each is a context manager. The only door to httpx.
 
 Methods return what ``api`` describes, or raise what ``errors`` draws. No proxy for loopback, nothing from netrc, no
 redirects, no retries; every call has a deadline and every answer a size limit.
@@ -12,7 +12,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -27,8 +27,22 @@ BODY_BYTES_MAX = 16 << 20
 STREAM_BYTES_MAX = 256 << 20
 LINE_BYTES_MAX = 4 << 20
 
+T = TypeVar("T", bound="_Service")
 
-class CacheServer:
+
+class _Service:
+    def __init__(self, url: str, http: httpx.Client | None) -> None:
+        self._url = url
+        self._http = http or _client(url)
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._http.close()
+
+
+class CacheServer(_Service):
     """An LMCache server's HTTP API.
 
     Args:
@@ -37,8 +51,7 @@ class CacheServer:
     """
 
     def __init__(self, url: str, http: httpx.Client | None = None) -> None:
-        self._url = url
-        self._http = http or _client(url)
+        super().__init__(url, http)
 
     def status(self) -> api.Status:
         """GET /status, of this or an earlier generation of servers."""
@@ -88,7 +101,7 @@ class CacheServer:
         )
 
 
-class Engine:
+class Engine(_Service):
     """A serving engine's API, as OpenAI defines it.
 
     The key in OPENAI_API_KEY is sent as bearer token when set; what authenticates us to a cache server never is.
@@ -100,9 +113,8 @@ class Engine:
     """
 
     def __init__(self, url: str, silence_s: float, http: httpx.Client | None = None) -> None:
-        self._url = url
+        super().__init__(url, http)
         self._silence_s = silence_s
-        self._http = http or _client(url)
         key = os.environ.get("OPENAI_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -154,7 +166,8 @@ class Engine:
 
 def probe(url: str) -> None:
     """GET ``url`` and raise unless it answers 200; for addresses that only a proxy reaches."""
-    _answer(_client(url), "GET", url)
+    with _client(url) as http:
+        _answer(http, "GET", url)
 
 
 def _client(url: str) -> httpx.Client:

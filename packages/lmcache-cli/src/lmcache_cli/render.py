@@ -67,6 +67,7 @@ class Report:
 
     Attributes:
         width: columns of the terminal form.
+        flush_right: whether each value ends at the width; else all begin in one column, where the widest just fits.
         list_names: JSON lists that are present even when no section belongs to them; they come after all other keys.
     """
 
@@ -75,6 +76,7 @@ class Report:
     sections: Sequence[Section] = ()
     list_names: Sequence[str] = field(default=())
     failure: Failure | None = None
+    flush_right: bool = True
 
 
 def render(report: Report, form: str) -> str:
@@ -132,24 +134,24 @@ def one_line(text: str) -> str:
 def _lines(report: Report) -> Iterator[tuple[str, str, str]]:
     """Every line as (head, value, style of the value); headings have no value."""
     yield _centred(report.title, "=", report.width), "", ""
+    shown = [_shown(entry) for section in report.sections for entry in section.entries if entry.label is not None]
+    widest = max(map(_cells, shown), default=0)
     for section in report.sections:
         if section.label is not None:
             yield _centred(section.label, "-", report.width), "", ""
         for entry in section.entries:
             if entry.label is not None:
-                value = one_line(_text(entry))
-                gap = report.width - _cells(entry.label) - 1 - _cells(value)
+                value = _shown(entry)
+                gap = report.width - _cells(entry.label) - 1 - (_cells(value) if report.flush_right else widest)
                 yield f"{entry.label}:{' ' * max(gap, 1)}", value, _STYLES.get(value, "")
     yield "=" * report.width, "", ""
 
 
-def _text(entry: Entry) -> str:
-    if entry.text is not None:
-        return entry.text
-    value = _finite(entry.value)
+def _shown(entry: Entry) -> str:
+    value = _finite(entry.value) if entry.text is None else entry.text
     if value is None:
         return "N/A"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return one_line(f"{value:.2f}" if isinstance(value, float) else str(value))
 
 
 def _centred(text: str, fill: str, width: int) -> str:

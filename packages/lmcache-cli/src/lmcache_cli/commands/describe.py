@@ -33,7 +33,8 @@ def describe_kvcache(url: str) -> Report:
     """
     from lmcache_cli.client import CacheServer
 
-    status = CacheServer(url).status()
+    with CacheServer(url) as server:
+        status = server.status()
     report = status_report(status, url)
     if status.is_healthy is False:
         return failed(report, Unhealthy(f"{url} says that it is not healthy"))

@@ -24,7 +24,8 @@ def clear(url: str) -> Report:
     """Drop every entry of L1 that no request is using."""
     from lmcache_cli.client import CacheServer
 
-    cleared = CacheServer(url).clear(api.ClearRequest(tier="l1"))
+    with CacheServer(url) as server:
+        cleared = server.clear(api.ClearRequest(tier="l1"))
     entries = [Entry("status", "Status", "OK")]
     if cleared.num_entries is not None:
         entries.append(Entry("entries_dropped", "Entries dropped", cleared.num_entries))

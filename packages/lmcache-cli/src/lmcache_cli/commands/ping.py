@@ -45,8 +45,8 @@ def ping_report(title: str, url: str) -> Report:
     try:
         round_trip_s = within(DEADLINE_S, lambda: probe(url), str(failures.timed_out(url, DEADLINE_S)))
     except ServerError as error:
-        return failed(_report(title, "FAIL", None), error)
-    return _report(title, "OK", round(round_trip_s * 1e3, 2))
+        return failed(report(title, "FAIL", None), error)
+    return report(title, "OK", round(round_trip_s * 1e3, 2))
 
 
 def probe(url: str) -> float:
@@ -84,9 +84,11 @@ def probe(url: str) -> float:
     return round_trip_s
 
 
-def _report(title: str, status: str, round_trip_ms: float | None) -> Report:
+def report(title: str, status: str, round_trip_ms: float | None) -> Report:
+    """The report on one probe."""
     entries = [
         Entry("status", "Status", status),
         Entry("round_trip_time_ms", "Round trip time (ms)", round_trip_ms),
     ]
-    return Report(title, WIDTH, [Section(entries)])
+    # the reference's sample aligns the two values with each other, not with the right edge
+    return Report(title, WIDTH, [Section(entries)], flush_right=False)

@@ -56,13 +56,13 @@ def query_engine(
     from lmcache_cli.client import Engine
 
     text = prompts.expand(prompt, documents)
-    engine = Engine(url, timeout)
-    if model is None:
-        models = engine.models()
-        if not models:
-            raise BadAnswer(f"{url} lists no models; name one with --model")
-        model = models[0]
-    return completion_report(completion.complete(engine, model, text, max_tokens))
+    with Engine(url, timeout) as engine:
+        if model is None:
+            models = engine.models()
+            if not models:
+                raise BadAnswer(f"{url} lists no models; name one with --model")
+            model = models[0]
+        return completion_report(completion.complete(engine, model, text, max_tokens))
 
 
 def completion_report(done: Completion) -> Report:

@@ -1,0 +1,290 @@
+"""`lmcache query engine`: against engines that stream, and engines that do not keep their word."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Answer, event_stream, json_answer, serve
+
+from lmcache_cli import client
+from lmcache_cli.completion import Completion
+
+Run = Callable[..., Any]
+
+MODELS = json_answer({"object": "list", "data": [{"id": "first"}, {"id": "second"}]})
+USAGE = {"choices": [], "usage": {"prompt_tokens": 618, "completion_tokens": 9}}
+
+
+def text(piece: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "text": piece}]}
+
+
+def delta(**fields: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": fields}]}
+
+
+GOOD = event_stream(text(""), text("Hel"), text("lo"), USAGE)
+
+
+@pytest.fixture
+def query(lmcache: Run) -> Run:
+    """Query an engine with these answers in JSON; returns how it ended and what was asked."""
+
+    def run(answers: dict[str, Answer], *words: str, prompt: str = "hi") -> Any:
+        with serve({"/v1/models": MODELS, **answers}) as server:
+            ended = lmcache("query", "engine", "--url", server.url, "--prompt", prompt, "--format", "json", *words)
+        return ended, server.asked
+
+    return run
+
+
+def metrics(ended: Any) -> Any:
+    return json.loads(ended.out)["metrics"]
+
+
+def test_a_streamed_completion_is_measured(query: Run) -> None:
+    ended, asked = query({"/v1/completions": GOOD})
+    shown = metrics(ended)
+    assert (ended.status, ended.err) == (0, "")
+    assert (shown["model"], shown["prompt_tokens"], shown["output_tokens"]) == ("first", 618, 9)
+    latency = shown["latency"]
+    assert 0 < latency["ttft_ms"] <= latency["total_latency_ms"]
+    assert set(latency) == {"ttft_ms", "tpot_ms_per_token", "total_latency_ms", "throughput_tokens_per_s"}
+    assert [each.path for each in asked] == ["/v1/models", "/v1/completions"]
+    assert json.loads(asked[1].body) == {
+        "model": "first",
+        "prompt": "hi",
+        "max_tokens": 128,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_a_named_model_is_not_looked_up(query: Run) -> None:
+    ended, asked = query({"/v1/completions": GOOD}, "--model", "mine", "--max-tokens", "5")
+    assert metrics(ended)["model"] == "mine"
+    assert [each.path for each in asked] == ["/v1/completions"]
+    assert json.loads(asked[0].body)["max_tokens"] == 5
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_an_engine_without_completions_is_asked_by_chat(query: Run, status: int) -> None:
+    chat = event_stream(delta(role="assistant"), delta(content="yes"), USAGE)
+    ended, asked = query({"/v1/completions": Answer(status), "/v1/chat/completions": chat})
+    assert ended.status == 0
+    assert metrics(ended)["output_tokens"] == 9
+    assert json.loads(asked[-1].body)["messages"] == [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize("key", ["content", "reasoning_content", "reasoning"])
+def test_the_first_text_may_be_reasoning(query: Run, key: str) -> None:
+    chat = event_stream(delta(role="assistant", content=""), delta(**{key: "hm"}), USAGE)
+    ended, _ = query({"/v1/chat/completions": chat})
+    assert metrics(ended)["latency"]["ttft_ms"] is not None
+
+
+def test_tokens_are_never_invented(query: Run, lmcache: Run) -> None:
+    ended, _ = query({"/v1/completions": event_stream(text("a"), text("b"))})
+    shown = metrics(ended)
+    assert ended.status == 0
+    assert (shown["prompt_tokens"], shown["output_tokens"]) == (None, None)
+    assert shown["latency"]["tpot_ms_per_token"] is None
+    assert shown["latency"]["throughput_tokens_per_s"] is None
+    assert shown["latency"]["ttft_ms"] > 0
+    with serve({"/v1/completions": event_stream(text("a"))}) as server:
+        table = lmcache("query", "engine", "--url", server.url, "--prompt", "x", "--model", "m").out
+    assert [line.split()[-1] for line in table.splitlines() if "tokens:" in line] == ["N/A", "N/A"]
+
+
+def test_cached_tokens_are_reported_when_the_engine_counts_them(query: Run) -> None:
+    usage = {"usage": {"prompt_tokens": 6, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}}
+    ended, _ = query({"/v1/completions": event_stream(text("a"), usage)})
+    assert metrics(ended)["cached_tokens"] == 4
+    ended, _ = query({"/v1/completions": GOOD})
+    assert "cached_tokens" not in metrics(ended)
+
+
+@pytest.mark.parametrize(
+    "usage", [{"completion_tokens": "9"}, {"completion_tokens": True}, {"completion_tokens": -1}, 7]
+)
+def test_a_count_of_the_wrong_type_is_absent(query: Run, usage: Any) -> None:
+    ended, _ = query({"/v1/completions": event_stream(text("a"), {"usage": usage})})
+    assert (ended.status, metrics(ended)["output_tokens"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        event_stream(text("a"), text("b"), text("c"), done=False),
+        event_stream(text("a"), USAGE, done=False),
+        Answer(pieces=(b'data: {"choices":[{"text":"a"}]}\n\ndata: {"cho',)),
+        Answer(pieces=(b'data: {"choices":[{"text":"a"}]}\n\n',), headers={"Content-Length": "900"}),
+    ],
+)
+def test_a_stream_cut_before_its_end_is_a_failure(query: Run, answer: Answer) -> None:
+    ended, _ = query({"/v1/completions": answer})
+    document = json.loads(ended.out)
+    assert ended.status == 1
+    assert document["metrics"] == {}
+    assert document["error"]["code"] in ("cut_short", "bad_answer")
+    assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (json_answer({"choices": []}), "did not answer with a stream of events"),
+        (Answer(pieces=(b"data: [1]\n\n",)), "is not a JSON object"),
+        (event_stream({"error": {"message": "out of memory", "type": "Internal"}}), "reported an error: out of memory"),
+        (json_answer({"error": {"message": "too long", "code": 400}}, 400), "HTTP 400 Bad Request"),
+        (json_answer({"object": "error", "message": "bad key"}, 401), "bad key"),
+    ],
+)
+def test_what_the_engine_says_is_passed_on(query: Run, answer: Answer, said: str) -> None:
+    ended, _ = query({"/v1/completions": answer})
+    assert ended.status == 1
+    assert said in ended.err
+
+
+def test_an_unknown_model_is_named_by_the_engines_own_words(query: Run) -> None:
+    missing = json_answer({"error": {"message": "The model `x` does not exist.", "code": 404}}, 404)
+    ended, _ = query({"/v1/completions": missing, "/v1/chat/completions": missing}, "--model", "x")
+    assert ended.status == 1
+    assert "The model `x` does not exist." in ended.err
+
+
+def test_an_engine_without_models_asks_for_a_name(lmcache: Run) -> None:
+    with serve({"/v1/models": json_answer({"data": []})}) as server:
+        ended = lmcache("query", "engine", "--url", server.url, "--prompt", "hi")
+    assert (ended.status, ended.err) == (1, f"lmcache: {server.url} lists no models; name one with --model\n")
+
+
+def test_line_separators_inside_json_do_not_split_an_event(query: Run) -> None:
+    raw = 'data: {"choices":[{"text":"a\u2028b\u0085"}]}\r\n\r\n: comment\r\ndata:[DONE]\r\n'.encode()
+    pieces = tuple(raw[i : i + 1] for i in range(len(raw)))  # every byte its own write
+    ended, _ = query({"/v1/completions": Answer(pieces=pieces)})
+    assert ended.status == 0
+
+
+def test_a_stream_that_only_keeps_the_connection_alive_is_given_up(query: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pause = threading.Event()
+    comments = _Paced(b": still here\n\n", pause, times=40)
+    ended, _ = query({"/v1/completions": Answer(pieces=comments)}, "--timeout", "0.2")  # type: ignore[arg-type]
+    assert ended.status == 1
+    assert json.loads(ended.out)["error"]["code"] == "timeout"
+
+
+class _Paced:
+    """The same piece again and again, with pauses."""
+
+    def __init__(self, piece: bytes, pause: threading.Event, times: int) -> None:
+        self._piece, self._pause, self._times = piece, pause, times
+
+    def __iter__(self) -> Any:
+        for _ in range(self._times):
+            self._pause.wait(0.05)
+            yield self._piece
+
+
+def test_a_line_without_end_is_given_up(query: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LINE_BYTES_MAX", 1 << 16)
+    ended, _ = query({"/v1/completions": Answer(pieces=(b"data: " + b"x" * (1 << 16),) * 4)})
+    assert ended.status == 1
+    assert "longer than any answer" in ended.err
+
+
+def test_only_the_engines_own_key_is_sent(query: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_TOKEN", "cache-secret")
+    _, asked = query({"/v1/completions": GOOD})
+    assert all("authorization" not in each.headers for each in asked)
+    monkeypatch.setenv("OPENAI_API_KEY", "engine-key")
+    _, asked = query({"/v1/completions": GOOD})
+    assert [each.headers["authorization"] for each in asked] == ["Bearer engine-key"] * 2
+    assert not any("cache-secret" in str(each) for each in asked)
+
+
+def test_passwords_of_netrc_are_not_sent(query: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    _, asked = query({"/v1/completions": GOOD})
+    assert all("authorization" not in each.headers for each in asked)
+
+
+def test_documents_are_inserted_and_json_in_a_prompt_survives(query: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one {b}", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("zwei ü", encoding="utf-8")
+    words = ("--documents", f"a={tmp_path / 'a.txt'}", "--documents", f"b={tmp_path / 'b.txt'}")
+    _, asked = query({"/v1/completions": GOOD}, *words, prompt='{"k":1} {a}|{b}|{a}')
+    assert json.loads(asked[-1].body)["prompt"] == '{"k":1} one {b}|zwei ü|one {b}'
+
+
+def test_the_bundled_document_is_about_lmcache(query: Run) -> None:
+    _, asked = query({"/v1/completions": GOOD}, prompt="{lmcache} Summarize LMCache usage.")
+    prompt = json.loads(asked[-1].body)["prompt"]
+    assert prompt.endswith("Summarize LMCache usage.")
+    assert "LMCache" in prompt
+    assert 350 <= len(prompt.split()) <= 500
+
+
+def test_the_bundled_document_can_be_replaced(query: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    _, asked = query({"/v1/completions": GOOD}, "--documents", f"lmcache={tmp_path / 'mine'}", prompt="{lmcache}!")
+    assert json.loads(asked[-1].body)["prompt"] == "mine!"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--prompt", "{x}"), "placeholder {x} has no document: add --documents x=PATH"),
+        (("--prompt", "{x}", "--documents", "x=/nowhere/at/all"), "cannot read document"),
+        (("--prompt", "{x}", "--documents", "plain.txt"), "expected NAME=PATH"),
+        (("--prompt", "{x}", "--documents", "=plain.txt"), "expected NAME=PATH"),
+        (("--prompt", "hi", "--documents", "x=y"), "the prompt has no placeholder {x}"),
+        (("--prompt", "{x}", "--documents", "x=a", "--documents", "x=b"), "is given twice"),
+        (("--prompt", "hi", "--max-tokens", "0"), "--max-tokens"),
+        (("--prompt", "hi", "--timeout", "0"), "expected seconds above 0"),
+        (("--prompt", "hi", "--timeout", "nan"), "expected seconds above 0"),
+        (("--prompt", "hi", "--timeout", "inf"), "expected seconds above 0"),
+        ((), "--prompt"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_asks_nobody(lmcache: Run, words: tuple[str, ...], said: str) -> None:
+    with serve({"/v1/models": MODELS}) as server:
+        ended = lmcache("query", "engine", "--url", server.url, *words)
+    assert (ended.status, ended.out, server.asked) == (2, "", [])
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_document_that_is_not_text_is_refused(lmcache: Run, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"\xff\xfe\x00")
+    ended = lmcache("query", "engine", "--prompt", "{x}", "--documents", f"x={tmp_path / 'x'}")
+    assert (ended.status, ended.out) == (2, "")
+    assert "is not UTF-8 text" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ttft_s", "expected"),
+    [
+        (9, 0.0268761, (0.91, 1100.64)),
+        (2, 0.0, (17.53, 57.06)),
+        (1, 0.01, (None, None)),  # nothing was decoded after the first token
+        (0, None, (None, None)),
+        (9, None, (None, None)),
+        (9, 0.03505315, (None, None)),  # everything came in one piece
+        (None, 0.01, (None, None)),
+    ],
+)
+def test_rates_are_those_of_the_sample_or_not_available(
+    tokens: int | None, ttft_s: float | None, expected: tuple[float | None, float | None]
+) -> None:
+    done = Completion("m", None, tokens, None, ttft_s, 0.03505315)
+    rates = (done.tpot_ms, done.throughput_tokens_per_s)
+    assert tuple(rate if rate is None else round(rate, 2) for rate in rates) == expected
