@@ -20,8 +20,8 @@ Run = Callable[..., Any]
 LEAVES = ["ping kvcache", "ping engine", "describe kvcache", "kvcache clear", "query engine"]
 GROUPS = ["", "ping", "describe", "kvcache", "query"]
 NEEDS_FULL = (
-    "lmcache: `server` needs the full package: uninstall lmcache-cli, then install the lmcache wheel of the same version "
-    f"({__version__}), or use another environment\n"
+    "lmcache: `server` needs the full package: uninstall lmcache-cli, then install the lmcache wheel of the same "
+    f"version ({__version__}), or use another environment\n"
 )
 
 

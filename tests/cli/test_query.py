@@ -171,7 +171,7 @@ def test_line_separators_inside_json_do_not_split_an_event(query: Run) -> None:
     assert ended.status == 0
 
 
-def test_a_stream_that_only_keeps_the_connection_alive_is_given_up(query: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_only_keeps_the_connection_alive_is_given_up(query: Run) -> None:
     pause = threading.Event()
     comments = _Paced(b": still here\n\n", pause, times=40)
     ended, _ = query({"/v1/completions": Answer(pieces=comments)}, "--timeout", "0.2")  # type: ignore[arg-type]
