@@ -50,12 +50,25 @@ def generate(llm: Any, prompts: list[list[int]], max_tokens: int, salt: str | No
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     start = time.monotonic()
     outputs = llm.generate([_prompt(p, salt) for p in prompts], greedy, use_tqdm=False)
+    seconds = time.monotonic() - start
+    _drain(llm)
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "cached": [output.num_cached_tokens or 0 for output in outputs],
         "finish": [output.outputs[0].finish_reason for output in outputs],
-        "seconds": time.monotonic() - start,
+        "seconds": seconds,
     }
+
+
+def _drain(llm: Any) -> int:
+    """Step until finished requests whose blocks wait for a store are gone, as vLLM's own server loop does."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None:
+        return 0  # scheduler and loop are in a process of their own
+    deadline = time.monotonic() + 30
+    while core.scheduler.has_requests() and time.monotonic() < deadline:
+        llm.llm_engine.step()
+    return len(core.scheduler.requests)
 
 
 def abort_after(llm: Any, prompt: list[int], steps: int) -> dict[str, Any]:
@@ -67,11 +80,7 @@ def abort_after(llm: Any, prompt: list[int], steps: int) -> dict[str, Any]:
     for _ in range(steps):
         engine.step()
     engine.abort_request(["to-abort"])
-    scheduler = engine.engine_core.engine_core.scheduler
-    deadline = time.monotonic() + 20
-    while scheduler.requests and time.monotonic() < deadline:
-        engine.step()
-    return {"left": len(scheduler.requests)}
+    return {"left": _drain(llm)}
 
 
 def preemptions(llm: Any) -> dict[str, Any]:
@@ -85,7 +94,39 @@ def reset(llm: Any, external: bool = False) -> dict[str, Any]:
     return {"reset": llm.llm_engine.reset_prefix_cache(reset_connector=external)}
 
 
-_JOBS = {f.__name__: f for f in (generate, abort_after, preemptions, reset)}
+def hold(_: Any, point: str, path: str) -> dict[str, Any]:
+    """From now on every copy in direction ``point`` ("store" or "retrieve") waits, before it begins, until the file at
+    ``path`` is gone; ``path + ".reached"`` appears when one waits. The copy itself stays the real one."""
+    from lmcache.transfer.plan import CopyEngine
+
+    real = getattr(CopyEngine, point)
+
+    def held(*arguments: Any) -> Any:
+        if os.path.exists(path):
+            open(path + ".reached", "w").close()
+        while os.path.exists(path):
+            time.sleep(0.005)
+        return real(*arguments)
+
+    setattr(CopyEngine, point, held)
+    return {"held": point}
+
+
+def load_failure_policy(llm: Any) -> dict[str, Any]:
+    """What vLLM's scheduler does with a request whose load failed."""
+    return {"recompute": llm.llm_engine.engine_core.engine_core.scheduler.recompute_kv_load_failures}
+
+
+def counters(_: Any) -> dict[str, Any]:
+    """What became of the chunks that this worker stored and loaded."""
+    import dataclasses
+
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return dataclasses.asdict(get_kv_transfer_group()._worker._copier.counters)
+
+
+_JOBS = {f.__name__: f for f in (generate, abort_after, preemptions, reset, hold, load_failure_policy, counters)}
 
 if __name__ == "__main__":
     main()

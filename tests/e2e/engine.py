@@ -69,6 +69,18 @@ class Server:
                 return float(line.split()[1])
         raise KeyError(name)
 
+    def flip_bytes(self, every_bytes: int, first_bytes: int) -> None:
+        """Bit rot in L1: of each ``every_bytes`` of the pool, invert the first ``first_bytes`` where it holds
+        anything."""
+        descriptors = Path(f"/proc/{self.process.pid}/fd")
+        pool = next(fd for fd in descriptors.iterdir() if os.readlink(fd).endswith("/pool"))
+        used = self.status()["storage_manager"]["l1_manager"]["memory_total_bytes"]
+        with pool.open("r+b", buffering=0) as file:
+            for start in range(0, used, every_bytes):
+                before = os.pread(file.fileno(), first_bytes, start)
+                if any(before):
+                    os.pwrite(file.fileno(), bytes(byte ^ 0xFF for byte in before), start)
+
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
@@ -133,7 +145,8 @@ class Engine:
             env=_environment(environment),
         )
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self._send(arguments)
         self._receive(START_S)
 
@@ -190,6 +203,9 @@ class Engine:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait(30)
+        self._reader.join(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         self._log.close()
 
     def __enter__(self) -> Self:
