@@ -96,5 +96,5 @@ class Limits:
     reservation_s: float = 30.0
     leased_share: float = 0.5  # of the pool's bytes
     leases_max: int = 65_536
-    inline_grow_bytes: int = PIECE_BYTES  # one reserve waits for at most this much allocation
+    inline_grow_bytes: int = PIECE_BYTES  # one reserve waits for this much allocation, or what one extent needs
     writer_poll_s: float = 1.0  # how often a set-aside extent's writer is asked for, while there is one

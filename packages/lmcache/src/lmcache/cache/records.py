@@ -27,7 +27,7 @@ SLOT_POOL_BYTES = 64 << 10
 SLOTS_MIN = 1024
 
 _HEADER = struct.Struct("<8sI16sQQIQ?3x")
-_READY_OFFSET = PAGE_BYTES // 2
+_READY_OFFSETS = (PAGE_BYTES // 2, PAGE_BYTES // 2 + 64)
 _READY = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
 _BODY = struct.Struct("<32sQQQQIIHHI")  # key, offset, checksum, sequence, owner, length, writer, world, rank, state
@@ -85,6 +85,7 @@ class Records:
         self.file = file
         self.sequence = 0
         self._pending: dict[int, bytes] = {}
+        self._ready_turn = 0
         self._backed_slots = max(0, file.info().size_bytes - PAGE_BYTES) // RECORD_BYTES
 
     def write_header(self, header: Header) -> None:
@@ -101,13 +102,21 @@ class Records:
         return Header(*values) if (magic, version) == (MAGIC, VERSION) else None
 
     def write_ready(self, ready_bytes: int) -> None:
-        """Note how far the pool's memory exists (called by the thread that grows it)."""
-        self.file.write(sealed(_READY.pack(ready_bytes)), _READY_OFFSET)
+        """Note how far the pool's memory exists (called by the thread that grows it).
+
+        In two places by turns: if this write is cut short, the other still tells of all memory that was ever granted.
+        """
+        self._ready_turn ^= 1
+        self.file.write(sealed(_READY.pack(ready_bytes)), _READY_OFFSETS[self._ready_turn])
 
     def read_ready(self) -> int:
         """How far the pool's memory is known to exist."""
-        body = _unsealed(self.file.read(_READY.size + _CRC.size, _READY_OFFSET))
-        return int(_READY.unpack(body)[0]) if body else 0
+        ready = [0, 0]
+        for turn, offset in enumerate(_READY_OFFSETS):
+            body = _unsealed(self.file.read(_READY.size + _CRC.size, offset))
+            ready[turn] = _READY.unpack(body)[0] if body else 0
+        self._ready_turn = ready.index(max(ready))
+        return max(ready)
 
     def back(self, slot: int) -> bool:
         """See to it that writing this slot's record cannot fail for want of memory; False when there is none."""

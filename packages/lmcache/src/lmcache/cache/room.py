@@ -27,12 +27,14 @@ class Room:
         self._policy = policy
         self._records = records
         self._grow_budget = 0
+        self._has_grown = False
         self._changes = 0
         self._hopeless: dict[int, int] = {}  # class -> count of changes when nothing could be evicted for it
 
     def begin(self, grow_bytes: int = PIECE_BYTES) -> None:
-        """A request starts; it may wait for the allocation of this many bytes."""
+        """A request starts; it may wait for the allocation of this many bytes, or of what its first extent needs."""
         self._grow_budget = grow_bytes
+        self._has_grown = False
         self.extents.set_ready(self._pool.ready_bytes)
 
     def take(self, size: int, num_wanted: int) -> int | None:
@@ -101,9 +103,10 @@ class Room:
     def _grow(self, size: int, num_wanted: int) -> bool:
         """Let the pool grow, unless its background growth is at it this very moment (then older chunks must go)."""
         shortfall = self.extents.shortfall(size)
-        if shortfall is None or shortfall > self._grow_budget or self._pool.is_complete:
+        if shortfall is None or self._pool.is_complete or (shortfall > self._grow_budget and self._has_grown):
             return False
-        step = min(self._grow_budget, max(shortfall, num_wanted * size))
+        step = max(shortfall, min(self._grow_budget, num_wanted * size))
+        self._has_grown = True
         grown = self._pool.grow(step, wait=False)
         self._grow_budget -= grown
         self.extents.set_ready(self._pool.ready_bytes)
