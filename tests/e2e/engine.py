@@ -31,8 +31,8 @@ def free_port() -> int:
 class Server:
     """``lmcache server`` on free ports of the loopback, with logs in ``folder``."""
 
-    def __init__(self, folder: Path, l1_gb: float = 0.5, *options: str) -> None:
-        self.port, self.http_port = free_port(), free_port()
+    def __init__(self, folder: Path, l1_gb: float = 0.5, *options: str, port: int | None = None) -> None:
+        self.port, self.http_port = port or free_port(), free_port()
         self._log = folder / f"server-{self.port}.log"
         self._options = ["--l1-size-gb", str(l1_gb), *options]
         self.process = self.start()
@@ -142,13 +142,17 @@ class Engine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=_environment(environment),
+            env=vllm_environment(environment),
         )
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._send(arguments)
-        self._receive(START_S)
+        try:
+            self._send(arguments)
+            self._receive(START_S)
+        except BaseException:
+            self.close()
+            raise
 
     def generate(self, prompts: list[list[int]], max_tokens: int = 16, salt: str | None = None) -> dict[str, Any]:
         """Greedy decoding of all prompts together: tokens, cached, finish, seconds."""
@@ -217,7 +221,8 @@ class Engine:
         self.close()
 
 
-def _environment(more: dict[str, str]) -> dict[str, str]:
+def vllm_environment(more: dict[str, str]) -> dict[str, str]:
+    """Environment of a vLLM process under test."""
     # OMP_NUM_THREADS breaks vLLM's own binding of threads to cores; the rest keeps it from looking for a network.
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     quiet = {

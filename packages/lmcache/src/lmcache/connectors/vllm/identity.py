@@ -112,17 +112,20 @@ def _layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[Va
 
 
 def _platform(vllm_config: VllmConfig, spec: Any) -> tuple[Value, ...]:
+    import torch
     from vllm.platforms import current_platform
 
+    backend = str(vllm_config.attention_config.backend)
     if not current_platform.is_cpu():
-        return (current_platform.device_name, str(vllm_config.attention_config.backend))
+        return (current_platform.device_name, backend)
     # vLLM's CPU attention packs K by the instruction set it finds; the set is part of what the bytes mean.
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     isa = _get_attn_isa(
         getattr(spec, "dtype", vllm_config.model_config.dtype), spec.block_size, getattr(spec, "head_size", None)
     )
-    return ("cpu", str(current_platform.get_cpu_architecture()), isa)
+    amx = bool(torch.cpu._is_amx_tile_supported())  # chooses the kernels of latent attention
+    return ("cpu", backend, str(current_platform.get_cpu_architecture()), isa, amx)
 
 
 class Bypass(Exception):
