@@ -79,6 +79,12 @@ def test_when_all_is_leased_or_reserved_a_store_is_refused_until_something_is_gi
     cache.abort(1, ticket)
 
 
+def test_the_piece_at_the_frontier_is_emptied_and_grown_when_no_other_can_serve(open_small: OpenCache) -> None:
+    cache = open_small(72)
+    store(cache, 0, 2, extent_bytes=4 * MIB)
+    assert list(store(cache, 10, 11, extent_bytes=24 * MIB)) == [State.GRANTED]
+
+
 def test_a_leased_chunk_at_the_old_end_is_passed_over_once_and_counts_as_used(cache: Cache) -> None:
     store(cache, 0, 64)
     lease = cache.lookup(1, keys(0, 4)).lease

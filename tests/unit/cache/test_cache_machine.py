@@ -79,6 +79,11 @@ class CacheLife(RuleBasedStateMachine):
         self.cache.attach_writer(self.owner(index), slot)
         self.descriptors[self.owner(index)] = descriptor
 
+    def holds_unseen(self) -> bool:
+        """Chunks that lack a rank, and extents whose grant was never answered before a crash, hold memory too."""
+        usage = self.cache.usage()
+        return bool(usage.set_aside_bytes or usage.num_reserved_entries)
+
     def visible(self) -> dict[Key, tuple[int, ...]]:
         """Chunk -> checksums, asked in the cache's own order so that asking changes no order."""
         found = {}
@@ -116,7 +121,7 @@ class CacheLife(RuleBasedStateMachine):
         assert bool(reservation.ticket) == bool(granted)
         if granted:
             self.tickets[reservation.ticket] = Ticket(owner, rank, world_size, granted, writing)
-        elif State.FULL in states and not taken and not self.cache.usage().set_aside_bytes:
+        elif State.FULL in states and not taken and not self.holds_unseen():
             raise AssertionError("refused although nothing is held")
 
     @precondition(lambda self: self.tickets)

@@ -1,6 +1,6 @@
 """What a server finds again of the one before it: the chunks whose records are whole and do not contradict each other.
 
-Reading costs about 4 us a record and 128 bytes of memory a slot, once, at a start after an unclean death.
+Reading costs about 8 us a record and 128 bytes of memory a slot, once, at a start after an unclean death.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which chunks are held: the visible entries, in arrays rather than objects.
 
 An entry (an integer from 1 up) is one chunk; it owns one slot for each rank, chained in rank order. A slot (from 0
-up) is one extent and one record of the records file. At a million entries of one rank this takes about 220 bytes
+up) is one extent and one record of the records file. At a million entries of one rank this takes about 190 bytes
 each, nearly all of it the dictionary from key to entry, and gives the garbage collector nothing to walk through.
 """
 

@@ -136,7 +136,7 @@ class Room:
                 break
             for piece in pieces:
                 seen[piece] = seen.get(piece, 0) + 1
-            whole = [piece for piece in pieces if seen[piece] == piece.used and extents.capacity(piece, size)]
+            whole = [piece for piece in pieces if seen[piece] == piece.used and self._can_serve(piece, size)]
             if not whole and num_walked % _WALK == 0:
                 whole = self._nearly_met(seen, size)
             if whole:
@@ -149,13 +149,17 @@ class Room:
             self._hopeless[size] = self._changes
         return bool(victims)
 
+    def _can_serve(self, piece: Piece, size: int) -> bool:
+        """Whether a piece, once empty, can hold an extent of ``size`` (the one at the frontier: once grown)."""
+        return piece.length >= size if not self._pool.is_complete else self.extents.capacity(piece, size) > 0
+
     def _nearly_met(self, seen: dict[Piece, int], size: int) -> list[Piece]:
         """The piece with the fewest entries beyond those seen, if one of the best candidates can be emptied at all."""
         candidates = sorted(seen, key=lambda piece: piece.used - seen[piece])[:_CANDIDATES]
         for piece in candidates:
             entries = self._entries_of(piece)
             evictable = all(entry and entry not in self.leased for entry in entries)
-            if evictable and self.extents.capacity(piece, size):
+            if evictable and self._can_serve(piece, size):
                 return [piece]
         return []
 

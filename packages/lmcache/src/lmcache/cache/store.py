@@ -199,7 +199,7 @@ class Cache:
         return max(0.0, self._wake - now) if first else None
 
     def check_integrity(self) -> None:
-        """Compare index, extents, records, leases and reservations; about 5 us an entry.
+        """Compare index, extents, records, leases and reservations; about 3 us an entry.
 
         Raises:
             IntegrityError: they contradict each other, or free + held is not the total.
