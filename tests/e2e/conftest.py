@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "exa
 from engine import Engine, Server  # noqa: E402 - the path is set above
 from models import make_model  # noqa: E402
 
+
 def pytest_configure(config: pytest.Config) -> None:
     """vLLM and torch warn about each other at import; that is not ours to mend."""
     for kind in ("DeprecationWarning", "FutureWarning", "UserWarning"):

@@ -1,14 +1,16 @@
 """Identity: which bytes a chunk of tokens names.
 
-A *namespace* is the SHA-256 of everything besides the tokens that must match (model, weights, dtype, layout, chunk size,
-ranks, salt). The *key* of a chunk is a link of a SHA-256 chain that starts at the namespace and takes in one chunk of
-tokens after another, so equal keys mean equal namespace and equal tokens from the first to the last of the chunk:
+A *namespace* is the SHA-256 of everything besides the tokens that must match (model, weights, dtype, layout, chunk
+size, ranks, salt). The *key* of a chunk is a link of a SHA-256 chain that starts at the namespace and takes in one
+chunk of tokens after another, so equal keys mean equal namespace and equal tokens from the first to the last of the
+chunk:
 
     key[-1] = namespace
     key[i]  = SHA-256(key[i-1] || tokens of chunk i as little-endian uint32 || extra[i])
 
-``extra`` is what stands beside the tokens (image hashes, LoRA, prompt embeds) and is empty for plain text. Chaining by a
-collision-resistant hash is vLLM's block hash; we make our own because ours does not depend on the engine's block size.
+``extra`` is what stands beside the tokens (image hashes, LoRA, prompt embeds) and is empty for plain text. Chaining by
+a collision-resistant hash is vLLM's block hash; we make our own because ours does not depend on the engine's block
+size.
 """
 
 from __future__ import annotations

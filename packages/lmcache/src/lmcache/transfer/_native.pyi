@@ -28,8 +28,8 @@ def store(
 
     Args:
         pool: the mapped pool, writable.
-        segments: uint64 [num_segments, 3]: address of the segment in block 0, distance in bytes from a block to the next,
-            length in bytes.
+        segments: uint64 [num_segments, 3]: address of the segment in block 0, distance in bytes from a block to the
+            next, length in bytes.
         num_blocks: blocks that the engine's memory holds; every id must be below it.
         blocks: int64 [num_chunks, blocks_per_chunk]: the engine's block ids.
         offsets: uint64 [num_chunks]: where in the pool each chunk's extent starts.
@@ -52,8 +52,8 @@ def retrieve(
 ) -> bytes:
     """Scatter extents into engine blocks; returns a byte a chunk, 1 where the bytes had the expected checksum.
 
-    Arguments as for ``store``. A block id of -1 means: this block's bytes count for the checksum but are written nowhere.
-    The checksum covers the very loads that were written. ``checksums``: uint64 [num_chunks].
+    Arguments as for ``store``. A block id of -1 means: this block's bytes count for the checksum but are written
+    nowhere. The checksum covers the very loads that were written. ``checksums``: uint64 [num_chunks].
     """
 
 def populate(pool: Buffer, offset: int, length: int) -> None:

@@ -212,8 +212,7 @@ class SchedulerHalf:
             return
         per_chunk = chain.chunk_tokens // self._block_tokens
         stop = min(tracker.confirmed_tokens // chain.chunk_tokens, len(tracker.blocks) // per_chunk)
-        first = tracker.num_stored
-        if stop <= first:
+        if stop <= tracker.num_stored:
             return
         keys = self._extend(tracker, chain, stop * chain.chunk_tokens)
         if tracker.bypassed:
@@ -222,8 +221,10 @@ class SchedulerHalf:
         tracker.num_stored = stop
         tracker.store_jobs.add(job)
         self._store_owner[job] = tracker.request.request_id
-        blocks = tuple(tracker.blocks[first * per_chunk : stop * per_chunk])
-        self._next.stores.append(Store(job, tracker.request.request_id, b"".join(keys[first:stop]), blocks))
+        # From the first chunk on: what is held is only touched, so that a prefix never grows older than what follows it
+        # (evicted first, it would leave the rest unreachable), and what was lost meanwhile is stored again.
+        blocks = tuple(tracker.blocks[: stop * per_chunk])
+        self._next.stores.append(Store(job, tracker.request.request_id, b"".join(keys[:stop]), blocks))
 
     def _preempted(self, request_id: str) -> None:
         """vLLM has taken the blocks back: copies that still run may read what is no longer theirs."""

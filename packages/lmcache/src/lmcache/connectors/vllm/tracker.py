@@ -70,5 +70,5 @@ class Tracker:
     def confirmed_tokens(self) -> int:
         """Tokens whose KV is final: computed by a step that is over, and accepted (drafts of speculation are not
         yet)."""
-        in_flight = getattr(self.request, "num_in_flight_tokens", 0)
-        return min(self.request.num_computed_tokens - in_flight, self.request.num_tokens)
+        in_flight = int(getattr(self.request, "num_in_flight_tokens", 0))
+        return min(int(self.request.num_computed_tokens) - in_flight, int(self.request.num_tokens))
