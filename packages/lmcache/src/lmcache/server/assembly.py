@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lmcache.cache.home import POOL
 from lmcache.cache.opening import check_fits, default_root, open_pool, sweep_leftovers
 from lmcache.cache.store import Cache
 from lmcache.config import ServerConfig
+from lmcache.errors import ConfigError, WireError
 from lmcache.metrics import Counters
 from lmcache.server import report
 from lmcache.server.core import Core, Ends
@@ -32,6 +34,7 @@ from lmcache_cli._version import __version__
 SERVER_ID_BYTES = 16
 
 log = logging.getLogger("lmcache.core")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,6 +67,7 @@ def run_core(
         _bind_port(listener, plan)
         door = Door(plan.attach_path, plan.gid)
         stack.callback(door.close)
+        stack.callback(_remove, plan.local_path)
         with private_umask():
             listener.bind(f"ipc://{plan.local_path}")
         share(plan.local_path, plan.gid)
@@ -138,6 +142,14 @@ def _bind_port(listener: Listener, plan: Plan) -> None:
         listener.bind(plan.rpc_endpoint)
     except AddressInUse:
         raise PortInUse(f"port {plan.config.rpc_port} is in use on {plan.config.host}") from None
+    except WireError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _remove(path: str) -> None:
+    """libzmq leaves the file of its socket behind."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _nudge(waker: socket.socket) -> None:

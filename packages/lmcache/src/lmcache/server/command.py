@@ -41,7 +41,7 @@ def server(
             rpc_port=port,
             http_host=http_host,
             http_port=http_port,
-            l1_bytes=int(min(max(l1_size_gb, 0.0), 1e9) * GB),
+            l1_bytes=int(l1_size_gb * GB) if abs(l1_size_gb) < 1e9 else 0,  # 0: out of bounds, as nan is
             eviction_policy=eviction_policy,
             chunk_tokens=chunk_size,
             attach_path=attach_path,

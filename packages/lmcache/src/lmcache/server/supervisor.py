@@ -24,9 +24,7 @@ log = logging.getLogger("lmcache.core")
 class Supervisor:
     """Starts the service process, notices its death by the end of the line to it, starts it again after a while."""
 
-    def __init__(
-        self, clock: Clock, entropy: Entropy, http_socket: socket.socket, boot: Mapping[str, object]
-    ) -> None:
+    def __init__(self, clock: Clock, entropy: Entropy, http_socket: socket.socket, boot: Mapping[str, object]) -> None:
         """``boot`` is what each process is told, besides a token of its own; it travels by the line only."""
         self._clock = clock
         self._entropy = entropy

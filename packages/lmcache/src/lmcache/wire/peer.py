@@ -194,6 +194,9 @@ class Listener:
             (zmq.BACKLOG, 512),
         ):
             door.setsockopt(option, value)
+        # Nobody answers for this domain, so whoever speaks ZMTP 3 may come in. Without it libzmq takes random bytes for
+        # ZMTP 1, passes them on as messages, and aborts the process on some (assertion in zmtp_engine.cpp, 4.3.5).
+        door.setsockopt(zmq.ZAP_DOMAIN, b"lmcache")
         if endpoint.startswith("tcp:"):
             _beat(door)
             door.setsockopt(zmq.IPV6, "[" in endpoint)
@@ -202,7 +205,7 @@ class Listener:
         except zmq.ZMQError as error:
             door.close(0)
             kind = AddressInUse if error.errno == zmq.EADDRINUSE else WireError
-            raise kind(f"cannot listen on {endpoint}: {error.strerror}") from None
+            raise kind(f"cannot listen on {endpoint}: {zmq.strerror(error.errno or 0)}") from None
         self.doors.append(door)
         self._is_tcp.append(endpoint.startswith("tcp:"))
         return door.getsockopt_string(zmq.LAST_ENDPOINT)

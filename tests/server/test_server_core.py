@@ -1,0 +1,83 @@
+"""The core's answer to a message from another machine, and to a fault of its own: no real client can cause them here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+from server_running import WAIT_S
+
+from lmcache.errors import PeerSilent
+from lmcache.metrics import Counters
+from lmcache.server.core import Core, Ends
+from lmcache.server.dispatch import Dispatcher
+from lmcache.server.sessions import Sessions
+from lmcache.system import SystemClock, SystemEntropy
+from lmcache.wire import codec
+from lmcache.wire import messages as m
+from lmcache.wire.peer import Client, Listener, Peer, Received
+from lmcache.wire.poller import Poller
+
+
+class Failing:
+    """A dispatcher with a fault."""
+
+    def answer(self, peer: Peer, request: m.Request) -> m.Reply:
+        raise ZeroDivisionError(f"{peer} {request}")
+
+
+class World:
+    """A core with nothing behind it."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.listener = Listener()
+        self.endpoint = self.listener.bind("tcp://127.0.0.1:*")
+        ends = Ends(self.listener, cast(Any, None), cast(Any, None), Poller())
+        rest = cast(Any, None)
+        dispatcher = cast(Dispatcher, Failing())
+        sessions = Sessions(SystemEntropy())
+        self.core = Core(ends, rest, sessions, dispatcher, self.counters, rest, rest, SystemClock(), rest)
+        self.ends = ends
+
+    def close(self) -> None:
+        self.ends.poller.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("request_", [m.Hello(5, version=m.WIRE_VERSION), m.Ping(5), m.Lookup(5, keys=b"k" * 32)])
+def test_who_is_on_another_machine_is_refused_in_a_sentence_that_names_the_remedy(
+    world: World, request_: m.Request
+) -> None:
+    reply = world.core._answer(Received(Peer(0, b"x"), codec.encode(request_), "192.0.2.1"))
+    assert isinstance(reply, m.Refused)
+    assert (reply.id, reply.code) == (5, m.REFUSED_REMOTE)
+    assert "run one lmcache server on each host" in reply.message
+
+
+def test_a_fault_of_the_server_is_a_reply_a_count_and_a_line_and_the_loop_goes_on(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Client(world.endpoint) as client:
+        for number in (1, 2):
+            while not client._pending:
+                with contextlib.suppress(PeerSilent):
+                    client.send(m.Ping(0))
+            assert world.listener.doors[0].poll(WAIT_S * 1000)
+            world.core._serve(0)
+            assert client.poll(WAIT_S)
+            (reply,) = client.receive()
+            assert isinstance(reply, m.Refused)
+            assert reply.code == m.REFUSED_INTERNAL
+            assert world.counters.faults == number
+    assert len(caplog.records) == 2
+    assert "a ping request failed: ZeroDivisionError" in caplog.text
