@@ -92,6 +92,12 @@ def test_settings_that_differ_are_another_engine(tiny: Path, reference: bytes, a
     assert digest(tiny, **arguments) != reference
 
 
+def test_a_rope_that_depends_on_the_context_length_tells_engines_of_different_lengths_apart(tiny: Path) -> None:
+    dynamic = {"hf_overrides": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}}
+    assert digest(tiny, **dynamic) != digest(tiny, **dynamic, max_model_len=2048)
+    assert digest(tiny) == digest(tiny, max_model_len=2048)
+
+
 @pytest.mark.parametrize(
     "kv",
     [

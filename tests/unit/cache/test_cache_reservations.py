@@ -168,6 +168,7 @@ def test_an_expired_reservation_of_a_living_writer_is_set_aside_until_it_is_done
     elif end == "abort":
         assert not cache.abort(1, reservation.ticket)
     elif end == "drop":
+        files.exit(descriptor)
         cache.drop_owner(1)
     else:
         files.exit(descriptor)
@@ -175,6 +176,21 @@ def test_an_expired_reservation_of_a_living_writer_is_set_aside_until_it_is_done
         cache.sweep()
     assert cache.usage().set_aside_bytes == 0
     assert cache.usage().used_bytes == 61 * MIB
+
+
+def test_what_a_process_reserved_that_let_go_of_us_but_lives_stays_aside_until_it_has_unmapped_the_pool(
+    cache: Cache, clock: ManualClock, files: MemoryFiles
+) -> None:
+    descriptor, slot = cache.pool.grant_descriptor()
+    cache.attach_writer(1, slot)
+    reserve(cache, 1, 0, 3)
+    cache.drop_owner(1)
+    assert cache.usage().num_reservations == 0
+    assert cache.usage().set_aside_bytes == cache.usage().used_bytes == 3 * MIB
+    files.exit(descriptor)
+    clock.seconds += cache.sweep() or 0
+    cache.sweep()
+    assert cache.usage().used_bytes == 0
 
 
 def test_a_set_aside_writer_is_asked_for_once_a_second_however_often_the_cache_is_swept(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from lmcache.cache.adopt import adopt
-from lmcache.cache.base import NO_EXTENT, Cleared, Found, Limits, Owner, Reservation, State, Usage
+from lmcache.cache.base import NO_EXTENT, NO_WRITER, Cleared, Found, Limits, Owner, Reservation, State, Usage
 from lmcache.cache.claims import Claim, Claims, Pending
 from lmcache.cache.evict.base import Policy
 from lmcache.cache.extents import Extents
@@ -164,13 +164,23 @@ class Cache:
         return True
 
     def drop_owner(self, owner: Owner) -> None:
-        """This owner is gone: its leases end, its reservations are discarded, what was set aside for it is free."""
+        """This owner is gone: its leases end, its reservations are discarded, what was set aside for it is free.
+
+        A process may have let go of us and still be in the middle of a copy (it gave a silent server up): while it has
+        the pool mapped, what it may be writing to stays aside.
+        """
         for lease in list(self._leases.of_owner.get(owner, ())):
             self._leases.end(lease)
+        writer = self._claims.writers.get(owner, NO_WRITER)
+        can_write = writer != NO_WRITER and self.pool.writer_alive(writer)
         for ticket in list(self._claims.of_owner.get(owner, ())):
-            self._claims.discard(self._claims.take(ticket))
-        for ticket in [ticket for ticket, aside in self._claims.aside.items() if aside.owner == owner]:
-            self._claims.settle(ticket)
+            if can_write:
+                self._claims.expire(ticket)
+            else:
+                self._claims.discard(self._claims.take(ticket))
+        if not can_write:
+            for ticket in [ticket for ticket, aside in self._claims.aside.items() if aside.owner == owner]:
+                self._claims.settle(ticket)
         self._claims.writers.pop(owner, None)
         self._records.flush()
 

@@ -85,6 +85,10 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         except LayoutError as error:
             logger.warning("LMCache does not cache this engine: %s", error)
             return None
+        except Exception:
+            # An identity that cannot be told (a vLLM whose insides have moved) is a reason not to cache, not to die.
+            logger.exception("LMCache does not cache this engine: its identity cannot be told")
+            return None
         link = self._link(
             "vllm scheduler", want_pool=False, registration=lambda chunk: self._register(chunk, "scheduler")
         )

@@ -64,7 +64,8 @@ def _model_config(vllm_config: VllmConfig) -> str:
     model = vllm_config.model_config
     config = {key: value for key, value in model.hf_config.to_dict().items() if key not in _VOLATILE_CONFIG}
     described: dict[str, Any] = {"config": config}
-    if "rope" in json.dumps(sorted(config)) and config.get("rope_scaling"):
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "rope_type" not in rope or rope["rope_type"] != "default":
         # Some rotary schemes (LongRoPE, dynamic NTK) choose their factors by the engine's context length.
         described["max_model_len"] = model.max_model_len
     return json.dumps(described, sort_keys=True, default=str)
