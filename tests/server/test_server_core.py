@@ -1,4 +1,4 @@
-"""The core's answer to a message from another machine, and to a fault of its own: no real client can cause them here."""
+"""The core's answer to a message from another machine, and to a fault of its own: no real client causes them here."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_fault_of_the_server_is_a_reply_a_count_and_a_line_and_the_loop_goes_o
             while not client._pending:
                 with contextlib.suppress(PeerSilent):
                     client.send(m.Ping(0))
-            assert world.listener.doors[0].poll(WAIT_S * 1000)
+            assert world.listener.doors[0].poll(int(WAIT_S * 1000))
             world.core._serve(0)
             assert client.poll(WAIT_S)
             (reply,) = client.receive()

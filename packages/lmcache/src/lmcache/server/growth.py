@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
 from lmcache.cache.pool import Pool
 
 STEP_BYTES = 64 << 20
+_NICE = 10
 
 
 class Growth(threading.Thread):
@@ -23,6 +25,8 @@ class Growth(threading.Thread):
     def run(self) -> None:
         """Called by ``start``."""
         try:
+            # Of all that a start does this can wait longest; what an engine needs sooner, its Reserve allocates.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             while not self._stopping.is_set() and not self._pool.is_complete:
                 self._pool.grow(STEP_BYTES)
         except Exception as error:

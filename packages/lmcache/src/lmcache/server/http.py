@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -150,9 +152,32 @@ def _json(value: object, status: int = 200) -> Response:
     return Response(json.dumps(value), status, media_type="application/json")
 
 
-def build_server(app: FastAPI) -> uvicorn.Server:
-    """One quiet worker that stops within a second."""
-    return uvicorn.Server(
+class QuietServer(uvicorn.Server):
+    """Waits for the order to stop instead of looking ten times a second whether there is one."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    async def main_loop(self) -> None:
+        """Called by ``serve``."""
+        await self._stopping.wait()
+
+    def stop(self) -> None:
+        """End within a second."""
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self._stopping.set)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for SIGTERM and SIGINT."""
+        super().handle_exit(sig, frame)
+        self.stop()
+
+
+def build_server(app: FastAPI) -> QuietServer:
+    """One worker that is idle when nobody asks, and stops within a second."""
+    return QuietServer(
         uvicorn.Config(
             app,
             loop="asyncio",
@@ -162,6 +187,7 @@ def build_server(app: FastAPI) -> uvicorn.Server:
             log_config=None,
             access_log=False,
             server_header=False,
+            date_header=False,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=1,
             limit_concurrency=1024,

@@ -54,7 +54,7 @@ async def _serve(core: socket.socket, boot: dict[str, Any]) -> None:
 
     def core_gone() -> None:
         loop.remove_reader(core)
-        server.should_exit = True
+        server.stop()
         loop.call_later(_STOP_S, os._exit, 0)
 
     loop.add_reader(core, core_gone)

@@ -98,16 +98,15 @@ class Client:
         deadline = time.monotonic() + timeout_s
         request_id = self._send_until(request, deadline)
         try:
-            while True:
-                while self._receive_one():
-                    if self._inbox and self._inbox[-1].id == request_id:
-                        reply = self._inbox.pop()
-                        if isinstance(reply, Refused):
-                            raise PeerRefused(reply.code, reply.message)
-                        return reply
-                left_s = deadline - time.monotonic()
-                if left_s <= 0 or not self._socket.poll(int(left_s * 1000) + 1, zmq.POLLIN):
-                    raise PeerSilent(f"no answer within {timeout_s:g} s")
+            while (left_s := deadline - time.monotonic()) > 0:
+                # A blocking receive with a limit: half the cost of polling first.
+                self._socket.setsockopt(zmq.RCVTIMEO, int(left_s * 1000) + 1)
+                if self._receive_one(0) and self._inbox and self._inbox[-1].id == request_id:
+                    reply = self._inbox.pop()
+                    if isinstance(reply, Refused):
+                        raise PeerRefused(reply.code, reply.message)
+                    return reply
+            raise PeerSilent(f"no answer within {timeout_s:g} s")
         finally:
             self.forget(request_id)
 
@@ -133,10 +132,10 @@ class Client:
                     raise
                 self._socket.poll(int(left_s * 1000) + 1, zmq.POLLOUT)
 
-    def _receive_one(self) -> bool:
+    def _receive_one(self, flags: int = zmq.DONTWAIT) -> bool:
         """Take one message from the socket into the inbox if it answers one of ours; False when there is none."""
         try:
-            frames = self._socket.recv_multipart(zmq.DONTWAIT)
+            frames = self._socket.recv_multipart(flags)
         except zmq.Again:
             return False
         with contextlib.suppress(codec.MalformedFrame):
@@ -226,7 +225,9 @@ class Listener:
     def send(self, peer: Peer, reply: Reply) -> bool:
         """Answer without waiting; False when the peer is gone, or does not read and has too many answers waiting."""
         try:
-            self.doors[peer.door].send_multipart((peer.identity, codec.encode(reply)), zmq.DONTWAIT)
+            door = self.doors[peer.door]
+            door.send(peer.identity, zmq.SNDMORE | zmq.DONTWAIT)
+            door.send(codec.encode(reply), zmq.DONTWAIT)
         except zmq.ZMQError as error:
             if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 return False
