@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from server_running import EXTENT_BYTES, WAIT_S, Engines, Server, eventually, running
+from server_running import EXTENT_BYTES, WAIT_S, Engines, Server, eventually, key, running
 
 from lmcache.errors import PeerRefused
 from lmcache.wire import codec
@@ -93,21 +93,22 @@ def test_a_giant_frame_costs_its_sender_the_connection_and_nobody_memory(shared:
 
 
 def test_a_client_that_never_reads_is_given_up_and_the_others_are_served(shared: Server, engines: Engines) -> None:
-    engine = engines(shared)
-    engine.store([("deaf", i) for i in range(200)])
-    deaf = engines(shared)
-    deaf.client._socket.setsockopt(zmq.RCVHWM, 1)
-    with raw(deaf.attachment.reply.endpoint) as dealer:
-        dealer.setsockopt(zmq.SNDHWM, 100_000)
-        dealer.send(codec.encode(m.Hello(1, version=m.WIRE_VERSION, token=deaf.attachment.reply.token)))
-        dealer.recv()
+    engine, deaf = engines(shared), engines(shared)
+    names: list[object] = [("deaf", i) for i in range(200)]
+    engine.store(names)
+    before = shared.metric("unsent_total")
+    hello = codec.encode(m.Hello(1, version=m.WIRE_VERSION, token=deaf.attachment.reply.token))
+    frame = codec.encode(m.Lookup(2, keys=b"".join(map(key, names)), lease=False))
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.RCVHWM, 1)
-        frame = codec.encode(m.Lookup(2, keys=b"".join(bytes([i]) * 32 for i in range(200)), lease=False))
-        for _ in range(30_000):
-            with contextlib.suppress(zmq.Again):
-                dealer.send(frame, zmq.DONTWAIT)
-        assert isinstance(engine.call(m.Ping(0)), m.Pong)
-        assert engine.lookup([("deaf", 1)]).num_chunks == 1
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.connect(deaf.attachment.reply.endpoint)
+        dealer.send(hello)
+        for _ in range(5_000):
+            dealer.send(frame)
+        eventually(lambda: shared.metric("unsent_total") > before)
+        assert engine.lookup(names).num_chunks == 200
         assert shared.healthy()
 
 
