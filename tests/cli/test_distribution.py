@@ -27,11 +27,12 @@ def install(folder: Path, *names: str) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only site folder there is."""
+    """The only site folder there is; this package seems to lie in a checkout, wherever these tests really run from."""
     folder = tmp_path / "site-packages"
     folder.mkdir()
     elsewhere = [path for path in sys.path if Path(path).name not in ("site-packages", "dist-packages")]
     monkeypatch.setattr(sys, "path", [*elsewhere, str(folder)])
+    monkeypatch.setattr(_distribution, "__file__", str(tmp_path / "checkout" / "lmcache_cli" / "_distribution.py"))
     return folder
 
 

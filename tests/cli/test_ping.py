@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from serving import Answer, json_answer, serve
 
+from lmcache_cli import failures
 from lmcache_cli.commands import ping
 
 Run = Callable[..., Any]
@@ -122,6 +123,12 @@ def test_what_does_not_speak_http_is_named(lmcache: Run) -> None:
     with listening(greet) as url:
         ended = lmcache("ping", "kvcache", "--url", url)
     assert (ended.status, ended.err) == (1, f"lmcache: {url} does not answer in HTTP\n")
+
+
+def test_silence_on_the_rpc_port_names_the_http_port() -> None:
+    said = str(failures.timed_out("http://host:5555/healthcheck", 10))
+    assert said.endswith("did not answer within 10 s (5555 is the RPC port; HTTP is on 8080 unless set otherwise)")
+    assert "RPC" not in str(failures.timed_out("http://host:8080/healthcheck", 10))
 
 
 def test_a_server_that_hangs_up_is_a_fail(lmcache: Run) -> None:

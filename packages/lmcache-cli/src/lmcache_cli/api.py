@@ -136,6 +136,7 @@ class Status:
     """GET /status."""
 
     is_healthy: bool | None = None
+    reason: str | None = None  # why it is not healthy
     engine_type: str | None = None
     version: str | None = None
     chunk_size: int | None = None

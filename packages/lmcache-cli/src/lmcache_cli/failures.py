@@ -20,7 +20,7 @@ def unreachable(url: str, error: BaseException) -> Unreachable:
 
 def timed_out(url: str, seconds: float) -> TimedOut:
     """``url`` was silent for ``seconds``."""
-    return TimedOut(f"{url} did not answer within {seconds:g} s")
+    return TimedOut(f"{url} did not answer within {seconds:g} s{_port_hint(url)}")
 
 
 def broken_off(url: str) -> Unreachable:
@@ -30,10 +30,7 @@ def broken_off(url: str) -> Unreachable:
 
 def not_http(url: str) -> BadAnswer:
     """Whatever listens at ``url`` does not speak HTTP."""
-    hint = ""
-    if urlsplit(url).port == api.RPC_PORT:
-        hint = f" ({api.RPC_PORT} is the RPC port; HTTP is on {api.HTTP_PORT} unless set otherwise)"
-    return BadAnswer(f"{_origin(url)} does not answer in HTTP{hint}")
+    return BadAnswer(f"{_origin(url)} does not answer in HTTP{_port_hint(url)}")
 
 
 def http_failure(url: str, status: int, body: bytes) -> HttpFailure:
@@ -59,6 +56,12 @@ def server_words(body: bytes) -> str:
             break
         document = next((document[k] for k in ("error", "detail", "message", "reason", "msg") if document.get(k)), "")
     return document[:_DETAIL_CHARS_MAX] if isinstance(document, str) else ""
+
+
+def _port_hint(url: str) -> str:
+    if urlsplit(url).port != api.RPC_PORT:
+        return ""
+    return f" ({api.RPC_PORT} is the RPC port; HTTP is on {api.HTTP_PORT} unless set otherwise)"
 
 
 def _origin(url: str) -> str:

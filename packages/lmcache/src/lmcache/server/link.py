@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from lmcache.errors import PeerRefused, PeerSilent, WireError
-from lmcache.wire.messages import REFUSED_UNKNOWN, WIRE_VERSION, Hello, Ping, Reply, Request
+from lmcache.wire.messages import REFUSED_UNKNOWN, WIRE_VERSION, Hello, Reply, Report, Request, Snapshot
 from lmcache.wire.peer import Client
 
 CALL_S = 0.7
@@ -36,7 +37,6 @@ class CoreLink:
         self._client: Client | None = None
         self._is_bound = False
         self._num_waiting = 0
-        self._heard_at = -FRESH_S
         self._probe: asyncio.Task[str | None] | None = None
         self._probed_at = -FRESH_S
         self._verdict: str | None = None
@@ -60,18 +60,16 @@ class CoreLink:
             self._num_waiting -= 1
 
     async def illness(self) -> str | None:
-        """None when a real message went through the core within the last second, else the reason for a person."""
-        now = time.monotonic()
-        if now - self._heard_at < FRESH_S:
-            return None
-        if self._probe is None and now - self._probed_at >= FRESH_S:
-            self._probe = asyncio.create_task(self._ping())
+        """None when a real message went through the core within the last second and it knows of no fault of its own,
+        else the reason for a person."""
+        if self._probe is None and time.monotonic() - self._probed_at >= FRESH_S:
+            self._probe = asyncio.create_task(self._look())
         return self._verdict if self._probe is None else await asyncio.shield(self._probe)
 
-    async def _ping(self) -> str | None:
+    async def _look(self) -> str | None:
         try:
-            await self.ask(Ping(0))
-            self._verdict = None
+            reply = await self.ask(Snapshot(0))
+            self._verdict = json.loads(reply.document)["status"]["reason"] if isinstance(reply, Report) else "no report"
         except WireError as error:
             self._verdict = f"no answer from the core: {error}"
         finally:
@@ -96,7 +94,6 @@ class CoreLink:
                     raise
                 is_repetition = True
                 continue
-            self._heard_at = time.monotonic()
             return reply
 
     def close(self) -> None:

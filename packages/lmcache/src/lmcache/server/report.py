@@ -43,10 +43,7 @@ def document(usage: Usage, counters: Counters, instances: list[Instance], frame:
         active_sessions=usage.num_leases + usage.num_reservations,
         uptime_seconds=frame.uptime_s,
     )
-    body = api.to_json(status)
-    if reason is not None:
-        body["reason"] = reason
-    return json.dumps({"status": body, "counters": asdict(counters), "gauges": asdict(gauges)}).encode()
+    return json.dumps({"status": api.to_json(status), "counters": asdict(counters), "gauges": asdict(gauges)}).encode()
 
 
 def _status(usage: Usage, instances: list[Instance], frame: Frame, reason: str | None) -> api.Status:
@@ -69,6 +66,7 @@ def _status(usage: Usage, instances: list[Instance], frame: Frame, reason: str |
     }
     return api.Status(
         is_healthy=is_healthy,
+        reason=reason,
         engine_type=api.ENGINE_TYPE,
         version=frame.version,
         chunk_size=frame.chunk_tokens,
