@@ -112,3 +112,37 @@ def test_a_full_server_forgets_and_vllm_does_not_notice(tiny: Path, logs: Path, 
         assert engine.generate(prompts[-1:])["cached"] == [4095]
         manager = server.status()["storage_manager"]["l1_manager"]
         assert manager["memory_used_bytes"] <= manager["memory_total_bytes"] == 64 << 20
+
+
+def test_a_chunk_that_is_no_multiple_of_the_block_is_said_once_and_passed_through(
+    tiny: Path, logs: Path, plain: Plain
+) -> None:
+    with Server(logs, 0.25, "--chunk-size", "192") as server:
+        with Engine(tiny, logs, server.port, enable_prefix_caching=False) as engine:
+            for _ in range(2):
+                answer = engine.generate([prompt(250, 900)])
+                assert (answer["cached"], answer["tokens"]) == ([0], plain.tokens([prompt(250, 900)]))
+            told = [line for line in engine.log.splitlines() if "no multiple of this engine's block of 128" in line]
+        assert len(told) == 2  # one line of each half
+        assert all("--chunk-size 256" in line for line in told)
+
+
+def test_under_multiconnector_the_limit_of_the_failure_policy_is_said_at_start(
+    tiny: Path, server: Server, logs: Path, plain: Plain
+) -> None:
+    inner = {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": server.port},
+    }
+    outer = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": [inner]},
+    }
+    with Engine(tiny, logs, enable_prefix_caching=False, kv_transfer_config=outer) as engine:
+        entry = prompt(260, 900)
+        engine.generate([entry])
+        answer = engine.generate([entry])
+        assert (answer["cached"], answer["tokens"]) == ([expected_hit(900)], plain.tokens([entry]))
+        assert engine.log.count("under MultiConnector vLLM reads its own kv_load_failure_policy") == 1
