@@ -125,6 +125,8 @@ def test_an_unhealthy_service_is_described_and_fails(describe: Run) -> None:
     assert ended.status == 1
     assert ended.out.splitlines()[1].split() == ["Health:", "UNHEALTHY"]
     assert ended.err.endswith("says that it is not healthy\n")
+    ended = describe({**STATUS, "is_healthy": False, "reason": "the core is silent"})
+    assert ended.err.endswith("says that it is not healthy: the core is silent\n")
     document = json.loads(describe({**STATUS, "is_healthy": False}, "--format", "json").out)
     assert (document["metrics"]["health"], document["error"]["code"]) == ("UNHEALTHY", "unhealthy")
 

@@ -37,7 +37,8 @@ def describe_kvcache(url: str) -> Report:
         status = server.status()
     report = status_report(status, url)
     if status.is_healthy is False:
-        return failed(report, Unhealthy(f"{url} says that it is not healthy"))
+        reason = f": {status.reason}" if status.reason else ""
+        return failed(report, Unhealthy(f"{url} says that it is not healthy{reason}"))
     return report
 
 
