@@ -150,6 +150,29 @@ u64 checksum(const py::buffer& data, const py::object& seed) {
     return lmcache::checksum_of(kernels, leaves.data(), leaves.size(), start);
 }
 
+py::bytes pack_tokens(const py::list& tokens) {
+    const Py_ssize_t count = PyList_GET_SIZE(tokens.ptr());
+    py::bytes packed = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, count * 4));
+    if (!packed) throw py::error_already_set();
+    char* out = PyBytes_AS_STRING(packed.ptr());
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        // An item's __index__ could change the list: only true integers are taken, and those run no code of the caller.
+        PyObject* item = PyList_GET_ITEM(tokens.ptr(), i);
+        if (!PyLong_CheckExact(item)) throw py::type_error("a token id is an int");
+        const unsigned long token = PyLong_AsUnsignedLong(item);
+        if (token > 0xffffffffUL) {
+            PyErr_Clear();
+            PyErr_SetString(PyExc_OverflowError, "a token id is between 0 and 2**32 - 1");
+            throw py::error_already_set();
+        }
+        const auto word = static_cast<std::uint32_t>(token);
+        const unsigned char bytes[4] = {static_cast<unsigned char>(word), static_cast<unsigned char>(word >> 8),
+                                        static_cast<unsigned char>(word >> 16), static_cast<unsigned char>(word >> 24)};
+        std::memcpy(out + 4 * i, bytes, 4);
+    }
+    return packed;
+}
+
 void populate(const py::buffer& pool, const py::object& offset, const py::object& length) {
     const View view(pool, "pool", true);
     const u64 start = natural(offset, "offset");
@@ -182,5 +205,6 @@ PYBIND11_MODULE(_native, module) {
                py::arg("offsets"), py::arg("seeds"), py::arg("threads"));
     module.def("retrieve", retrieve, py::arg("pool"), py::arg("segments"), py::arg("num_blocks"), py::arg("blocks"),
                py::arg("offsets"), py::arg("seeds"), py::arg("checksums"), py::arg("threads"));
+    module.def("pack_tokens", pack_tokens, py::arg("tokens"));
     module.def("populate", populate, py::arg("pool"), py::arg("offset"), py::arg("length"));
 }

@@ -62,3 +62,11 @@ def populate(pool: Buffer, offset: int, length: int) -> None:
     Raises:
         OSError: what madvise said.
     """
+
+def pack_tokens(tokens: list[int]) -> bytes:
+    """Token ids as little-endian uint32: ``lmcache.keys.pack_tokens``, which is its definition, for a list and faster.
+
+    Raises:
+        OverflowError: an id below 0 or above 2**32 - 1.
+        TypeError: an item that is no int.
+    """

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from lmcache.connectors.session import Prefix, Question
 from lmcache.connectors.vllm.identity import request_extras, request_fields
-from lmcache.keys import Value, extend, namespace, pack_tokens
+from lmcache.keys import Value, extend, namespace
+from lmcache.transfer._native import pack_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -43,7 +44,12 @@ class KeyChain:
                         self._request, chunk * step, (chunk + 1) * step, self._feature
                     )
                     extras.append(extra)
-            self.keys += extend(self.keys[-1] if self.keys else self._parent, pack_tokens(tokens), step, extras)
+            self.keys += extend(
+                self.keys[-1] if self.keys else self._parent,
+                pack_tokens(tokens if isinstance(tokens, list) else list(tokens)),
+                step,
+                extras,
+            )
         return self.keys
 
 
