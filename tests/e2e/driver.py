@@ -126,7 +126,20 @@ def counters(_: Any) -> dict[str, Any]:
     return dataclasses.asdict(get_kv_transfer_group()._worker._copier.counters)
 
 
-_JOBS = {f.__name__: f for f in (generate, abort_after, preemptions, reset, hold, load_failure_policy, counters)}
+def lose_worker(_: Any) -> dict[str, Any]:
+    """From now on the worker is attached to nothing, while the scheduler still is."""
+    from types import SimpleNamespace
+
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    copier = get_kv_transfer_group()._worker._copier
+    copier._link = SimpleNamespace(line=None, close=copier._link.close)
+    return {"lost": True}
+
+
+_JOBS = {
+    f.__name__: f for f in (generate, abort_after, preemptions, reset, hold, load_failure_policy, counters, lose_worker)
+}
 
 if __name__ == "__main__":
     main()

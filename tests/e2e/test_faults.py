@@ -114,6 +114,18 @@ def test_a_full_server_forgets_and_vllm_does_not_notice(tiny: Path, logs: Path, 
         assert manager["memory_used_bytes"] <= manager["memory_total_bytes"] == 64 << 20
 
 
+def test_a_worker_that_cannot_load_is_not_asked_again_and_again(pair: tuple[Engine, Server], plain: Plain) -> None:
+    engine, server = pair
+    server.start()
+    wait_for(lambda: attached(server), "the engine attaches")
+    entries = [prompt(270 + index, 900) for index in range(3)]
+    engine.generate(entries)
+    engine.call("lose_worker")
+    answers = [engine.generate([entry]) for entry in entries]
+    assert [answer["tokens"][0] for answer in answers] == plain.tokens(entries)
+    assert engine.log.count("Recovered from KV load failure") == 1
+
+
 def test_a_chunk_that_is_no_multiple_of_the_block_is_said_once_and_passed_through(
     tiny: Path, logs: Path, plain: Plain
 ) -> None:

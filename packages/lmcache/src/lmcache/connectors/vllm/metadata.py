@@ -48,11 +48,13 @@ class StepReport(KVConnectorWorkerMetadata):
 
     ended: dict[int, int] = field(default_factory=dict)
     failed: dict[int, set[int]] = field(default_factory=dict)
+    unable: set[int] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """The reports of two ranks as one."""
         assert isinstance(other, StepReport)
-        merged = StepReport(dict(self.ended), {job: set(chunks) for job, chunks in self.failed.items()})
+        failed = {job: set(chunks) for job, chunks in self.failed.items()}
+        merged = StepReport(dict(self.ended), failed, self.unable | other.unable)
         for job, count in other.ended.items():
             merged.ended[job] = merged.ended.get(job, 0) + count
         for job, chunks in other.failed.items():

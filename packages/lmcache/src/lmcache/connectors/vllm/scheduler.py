@@ -33,6 +33,10 @@ nothing."""
 LEASE_MARGIN_S = 10.0
 """A lease is taken anew when less than this is left of it at the moment of the claim."""
 
+UNABLE_PAUSE_S = 2.0
+"""No claims for this long after a worker could not load: it is about to attach, and if it cannot, claims cost for
+nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Loading:
@@ -72,6 +76,7 @@ class SchedulerHalf:
         self._store_owner: dict[int, str] = {}
         self._next = StepMetadata()
         self._last_job = 0
+        self._claims_from = 0.0
         self._num_resets = 0
 
     # --- lookup and claim ---------------------------------------------------------------------------------------------
@@ -99,6 +104,8 @@ class SchedulerHalf:
         prefix, chain = tracker.prefix, tracker.chain
         if prefix is None or chain is None:
             tracker.settled_at = request.num_preemptions
+            return 0, False
+        if time.monotonic() < self._claims_from:
             return 0, False
         # The last token is always computed, since its logits are wanted; its block is loaded whole all the same.
         usable = min(prefix.num_chunks * chain.chunk_tokens, request.num_tokens - 1)
@@ -253,6 +260,8 @@ class SchedulerHalf:
 
     def take_report(self, report: StepReport) -> None:
         """What the workers have finished: a job is over when every one of them has said so."""
+        if report.unable:
+            self._claims_from = time.monotonic() + UNABLE_PAUSE_S
         for job, chunks in report.failed.items():
             self._failed.setdefault(job, set()).update(chunks)
         for job, count in report.ended.items():

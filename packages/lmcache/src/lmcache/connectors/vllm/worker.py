@@ -103,6 +103,8 @@ class WorkerHalf:
         results.bad_blocks.discard(NOT_WRITTEN)
         if outcome.failed:
             results.report.failed[outcome.id] = set(outcome.failed)
+        else:
+            results.report.unable.add(outcome.id)
 
     def close(self) -> None:
         """Let running copies end, then detach."""
