@@ -143,10 +143,8 @@ class Link:
 
     def _watch(self, line: Line) -> None:
         """Return when the line has ended: by the server's death, by ``drop`` or by ``close``."""
-        watched = line.attachment.socket
         while not self._closed and self._line is line:
-            select.select([watched, self._wake_read], [], [])
-            self._drain()
+            self._sleep(None, line.attachment.socket)
             if not line.attachment.alive():
                 with self._lock:
                     if self._line is line:
@@ -156,8 +154,12 @@ class Link:
             self._line = None
         line.attachment.close()
 
-    def _sleep(self, timeout_s: float) -> None:
-        select.select([self._wake_read], [], [], timeout_s)
+    def _sleep(self, timeout_s: float | None, *watched: socket.socket) -> None:
+        """Until woken, until a watched socket has something, or for so long; poll, since descriptors may be many."""
+        poller = select.poll()
+        for waker in (self._wake_read, *watched):
+            poller.register(waker, select.POLLIN)
+        poller.poll(None if timeout_s is None else timeout_s * 1000)
         self._drain()
 
     def _drain(self) -> None:
