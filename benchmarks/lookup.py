@@ -26,7 +26,8 @@ import zmq
 
 from lmcache.connectors.link import Address, Line, Link
 from lmcache.connectors.session import SchedulerSession
-from lmcache.keys import KEY_BYTES, extend, namespace, pack_tokens
+from lmcache.keys import KEY_BYTES, extend, namespace
+from lmcache.transfer._native import pack_tokens
 from lmcache.wire import codec
 from lmcache.wire.messages import GRANTED, KEYS_MAX, Commit, Found, Granted, Lookup, Register, Reserve
 
