@@ -44,6 +44,7 @@ class _Loading:
 
     request_id: str
     prefix: Prefix
+    chain: KeyChain
 
 
 class SchedulerHalf:
@@ -73,6 +74,7 @@ class SchedulerHalf:
         self._loading: dict[int, _Loading] = {}
         self._reports: dict[int, int] = {}
         self._failed: dict[int, set[int]] = {}
+        self._unable: set[int] = set()
         self._store_owner: dict[int, str] = {}
         self._next = StepMetadata()
         self._last_job = 0
@@ -126,7 +128,7 @@ class SchedulerHalf:
             return
         tracker.settled_at = request.num_preemptions
         tracker.load_job = self._new_job()
-        self._loading[tracker.load_job] = _Loading(request.request_id, prefix)
+        self._loading[tracker.load_job] = _Loading(request.request_id, prefix, tracker.chain)
         self._next.loads.append(self._plan_load(tracker, tracker.chain, prefix, num_external_tokens))
 
     def _plan_load(self, tracker: Tracker, chain: KeyChain, prefix: Prefix, num_external_tokens: int) -> Load:
@@ -261,6 +263,7 @@ class SchedulerHalf:
     def take_report(self, report: StepReport) -> None:
         """What the workers have finished: a job is over when every one of them has said so."""
         if report.unable:
+            self._unable |= report.unable
             self._claims_from = time.monotonic() + UNABLE_PAUSE_S
         for job, chunks in report.failed.items():
             self._failed.setdefault(job, set()).update(chunks)
@@ -276,8 +279,13 @@ class SchedulerHalf:
         if loading is not None:
             self._session.release(loading.prefix, failed)
             tracker = self._trackers.get(loading.request_id)
+            complete = not failed and job not in self._unable
+            self._unable.discard(job)
             if tracker is not None and tracker.load_job == job:
                 tracker.load_job = None
+                if complete and tracker.chain is loading.chain:
+                    # Just looked up and touched: nothing of it needs storing again.
+                    tracker.num_stored = max(tracker.num_stored, loading.prefix.num_chunks)
             return
         tracker = self._trackers.get(self._store_owner.pop(job, ""))
         if tracker is not None:

@@ -1,6 +1,6 @@
 """Verified copy against plain memcpy, into the pool and out of it: how much does it cost to check every byte?
 
-    python benchmarks/copy.py [--json PATH] [--total-mib 256] [--rounds 9]
+    python benchmarks/verified_copy.py [--json PATH] [--total-mib 256] [--rounds 9]
 
 Both sides move the same fragments (block-sized pieces of anonymous memory, in a shuffled order) to and from the same
 MAP_SHARED tmpfs file; everything is touched beforehand. The rounds alternate between the two, and the table shows
