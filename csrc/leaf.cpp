@@ -90,7 +90,7 @@ std::uint64_t retrieve_leaf(const Kernels& kernels, const std::uint8_t* pool, Fr
     if (to.left() >= bytes && fusable(bytes)) {
         u8* dst = to.here();
         to.advance(bytes);
-        // Non-temporal stores win here too: benchmarks/verified_copy.py, retrieve of 64 KiB fragments, one thread, 1.6 x memcpy
+        // Non-temporal stores win here too: benchmarks/verified_copy.py, retrieve of 64 KiB fragments, 1.6 x memcpy
         // with them and 0.9 x with ordinary ones, which first read the lines they overwrite. So do they for pieces of a
         // leaf, from 512 bytes (0.65 against 0.45) to 8 KiB (1.2 against 0.76).
         return xxh3_64_through(aligned(dst) ? kernels.stream : kernels.copy, pool, dst, bytes);
