@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 
@@ -11,7 +10,7 @@ import zmq
 
 from lmcache.errors import PeerRefused, PeerSilent, WireError
 from lmcache.wire import codec
-from lmcache.wire.messages import FRAME_BYTES_MAX, Refused, Reply, Request
+from lmcache.wire.messages import FRAME_BYTES_MAX, REFUSED_VERSION, Refused, Reply, Request
 
 IN_FLIGHT_MAX = 1024
 """Requests of one client that may be unanswered at once."""
@@ -52,6 +51,7 @@ class Client:
         self._last_id = 0
         self._pending: set[int] = set()
         self._inbox: deque[Reply] = deque()
+        self._stranger: str | None = None  # why the other end cannot be understood: it speaks another wire version
 
     def send(self, request: Request) -> int:
         """Send without waiting; returns the id that its reply will carry.
@@ -99,7 +99,7 @@ class Client:
 
         Raises:
             PeerSilent: no reply within ``timeout_s`` seconds.
-            PeerRefused: the server said no; its code and sentence.
+            PeerRefused: the server said no, or all it says is in another wire version; a code and a sentence.
         """
         deadline = time.monotonic() + timeout_s
         request_id = self._send_until(request, deadline)
@@ -112,6 +112,8 @@ class Client:
                     if isinstance(reply, Refused):
                         raise PeerRefused(reply.code, reply.message)
                     return reply
+            if self._stranger is not None:
+                raise PeerRefused(REFUSED_VERSION, self._stranger)
             raise PeerSilent(f"no answer within {timeout_s:g} s")
         finally:
             self.forget(request_id)
@@ -144,12 +146,15 @@ class Client:
             frames = self._socket.recv_multipart(flags)
         except zmq.Again:
             return False
-        with contextlib.suppress(codec.MalformedFrame):
+        try:
             if len(frames) == 1:
                 reply = codec.decode_reply(frames[0])
                 if reply.id in self._pending:
                     self._pending.discard(reply.id)
                     self._inbox.append(reply)
+        except codec.MalformedFrame as error:
+            if error.code == REFUSED_VERSION:
+                self._stranger = str(error)
         return True
 
 
