@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import artefacts  # noqa: E402
+import upstream_env  # noqa: E402
 from environments import (  # noqa: E402
     FULL_PYTHONS,
     THIN_PYTHONS,
@@ -35,7 +37,20 @@ from environments import (  # noqa: E402
 
 nox.options.error_on_external_run = False
 nox.options.stop_on_first_error = False
-nox.options.sessions = ["lint", "types", "imports", "unit", "native", "cli", "server", "guard", "e2e-vllm"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "imports",
+    "unit",
+    "native",
+    "cli",
+    "browser",
+    "server",
+    "guard",
+    "engine",
+    "compat",
+    "e2e-vllm",
+]
 
 SOURCES = [ROOT / "packages" / "lmcache-cli" / "src", ROOT / "packages" / "lmcache" / "src"]
 _outcomes: dict[str, str] = {}
@@ -157,6 +172,17 @@ def cli(session: nox.Session) -> None:
         pytest(session, python, "tests/cli")
 
 
+@gate(60, "browser")
+def browser(session: nox.Session) -> None:
+    """The report page of `bench engine`, opened in Debian's chromium."""
+    version = main_version()
+    extra = artefacts.THIN_PROJECT["project"]["optional-dependencies"]["report"]
+    needed = [*artefacts.thin_requirements(), *extra, *artefacts.group("test")]
+    python = environment("browser", version, needed)
+    install_wheel(python, artefacts.thin_wheel())
+    pytest(session, python, "tests/browser")
+
+
 @gate(300, "server")
 def server(session: nox.Session) -> None:
     """Core and service process for real; the full wheel of every other Python starts, answers a ping and stops."""
@@ -180,6 +206,20 @@ def guard(session: nox.Session) -> None:
     pytest(session, environment("guard", version, ["pip", *artefacts.group("test")]), "tests/wheels", env=env)
 
 
+@gate(240, "engine")
+def engine(session: nox.Session) -> None:
+    """transformers and `lmcache engine` with us: outputs equal those without us; the demo runs."""
+    pytest(session, engine_environment(), "tests/engine", "-o", "faulthandler_timeout=240")
+
+
+@gate(400, "compat")
+def compat(session: nox.Session) -> None:
+    """Our command line against upstream servers of four generations, upstream's command line against our server."""
+    pythons = {name: str(path) for name, path in upstream_env.upstream_pythons().items()}
+    env = {"LMCACHE_TEST_UPSTREAM": json.dumps(pythons)}
+    pytest(session, full_environment(main_version()), "tests/compat", env=env)
+
+
 @gate(600, "e2e-vllm")
 def e2e_vllm(session: nox.Session) -> None:
     """Stock vLLM on the CPU with us: outputs equal those without us. Nothing else runs beside it."""
@@ -188,8 +228,24 @@ def e2e_vllm(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
+    """Server and our own small engine: a long document, asked cold, warm and after a restart."""
+    session.run(str(engine_environment()), "-m", "lmcache_cli", "demo", *session.posargs)
+
+
+@nox.session(name="demo-vllm", venv_backend="none")
+def demo_vllm(session: nox.Session) -> None:
     """Server and stock vLLM end to end: a long prompt, asked twice."""
     session.run(str(vllm_environment()), str(ROOT / "examples" / "vllm_cpu" / "demo.py"), *session.posargs)
+
+
+def engine_environment() -> Path:
+    """torch, transformers and the full wheel; returns its python."""
+    version = main_version()
+    extra = artefacts.FULL_PROJECT["project"]["optional-dependencies"]["engine"]
+    needed = [*artefacts.full_requirements(), *extra, *artefacts.group("test")]
+    python = environment("engine", version, needed, sites=[torch_site()])
+    install_wheel(python, artefacts.full_wheel(version))
+    return python
 
 
 def vllm_environment() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import signal
 import socket
 import subprocess
@@ -13,14 +14,18 @@ from typing import Any
 
 import pytest
 
-from lmcache_cli import __version__, app
+from lmcache_cli import __version__, app, plugins
 
 Run = Callable[..., Any]
 
-LEAVES = ["ping kvcache", "ping engine", "describe kvcache", "kvcache clear", "query engine"]
-GROUPS = ["", "ping", "describe", "kvcache", "query"]
+LEAVES = [
+    *("ping kvcache", "ping engine", "describe kvcache", "describe engine", "kvcache clear", "completion"),
+    *("query engine", "query kvcache", "quota list", "quota get", "quota set", "quota delete"),
+    *("bench engine", "bench compare", "bench sweep"),
+]
+GROUPS = ["", "ping", "describe", "kvcache", "query", "quota", "bench"]
 NEEDS_FULL = (
-    "lmcache: `server` needs the full package: uninstall lmcache-cli, then install the lmcache wheel of the same "
+    "lmcache: `{}` needs the full package: uninstall lmcache-cli, then install the lmcache wheel of the same "
     f"version ({__version__}), or use another environment\n"
 )
 
@@ -74,13 +79,43 @@ def test_wrong_usage_is_one_line_and_exit_2(lmcache: Run, words: str, said: str)
     assert ended.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", ["server", "server --port 5555 --l1-size-gb 100", "server -h", "server --unheard-of"])
-def test_the_server_needs_the_full_package_whatever_its_flags(
-    lmcache: Run, monkeypatch: pytest.MonkeyPatch, words: str
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("server", ""),
+        ("server", "--port 5555 --l1-size-gb 100"),
+        ("server", "-h"),
+        ("server", "--unheard-of"),
+        ("bench server", "--duration 5"),
+        ("engine", ""),
+        ("demo", ""),
+    ],
+)
+def test_commands_of_the_full_package_say_so_whatever_their_flags(
+    lmcache: Run, monkeypatch: pytest.MonkeyPatch, name: str, flags: str
 ) -> None:
-    monkeypatch.setattr(app, "_entry_points", dict)
+    monkeypatch.setattr(plugins, "_entry_points", dict)
+    ended = lmcache(*name.split(), *flags.split())
+    assert (ended.status, ended.out, ended.err) == (2, "", NEEDS_FULL.format(name))
+
+
+@pytest.mark.parametrize(
+    ("words", "title", "code"),
+    [
+        ("ping kvcache --nope --format json", "Ping KV Cache", "usage"),
+        ("ping kvcache --url ftp://x --format=json", "Ping KV Cache", "usage"),
+        ("nonsense --format json", "LMCache", "usage"),
+        ("query engine --prompt {x} --url 127.0.0.1:1 --format json", "Query Engine", "usage"),
+        ("describe kvcache --url 127.0.0.1:1 --format json", "LMCache KV Cache Service", "unreachable"),
+        ("describe kvcache --output /nowhere/x --url 127.0.0.1:1 --format json", "LMCache KV Cache Service", "usage"),
+    ],
+)
+def test_under_json_every_failure_is_exactly_one_document(lmcache: Run, words: str, title: str, code: str) -> None:
     ended = lmcache(*words.split())
-    assert (ended.status, ended.out, ended.err) == (2, "", NEEDS_FULL)
+    document = json.loads(ended.out)
+    assert (document["title"], document["metrics"]["status"], document["error"]["code"]) == (title, "FAIL", code)
+    assert ended.err.count("\n") == 1
+    assert lmcache(*words.split(), "-q").out == ""
 
 
 @pytest.fixture
@@ -124,6 +159,14 @@ def test_another_distribution_brings_a_command_that_is_imported_only_when_used(
     assert "extra" in lmcache("-h").out
     assert "brought" not in sys.modules
     assert lmcache("extra").status == 7
+
+
+def test_a_group_takes_members_from_another_distribution(lmcache: Run, plugin: Callable[[str, str], None]) -> None:
+    plugin("bench.extra = brought:server", COMMAND)
+    assert "extra" in lmcache("bench", "-h").out
+    assert "extra" not in lmcache("-h").out
+    assert lmcache("bench", "extra", "--port", "1").out == "serving on 1\n"
+    assert lmcache("bench.extra").status == 2
 
 
 def test_a_built_in_command_cannot_be_replaced(lmcache: Run, plugin: Callable[[str, str], None]) -> None:

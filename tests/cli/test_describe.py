@@ -11,7 +11,7 @@ import pytest
 from documents import FIRST_GENERATION, STATUS
 from serving import Answer, json_answer, serve
 
-from lmcache_cli import client
+from lmcache_cli.client import transport
 
 Run = Callable[..., Any]
 
@@ -169,7 +169,8 @@ def test_an_answer_that_is_no_status_is_one_line(
         assert ended.err.count("\n") == 1
         ended = lmcache("describe", "kvcache", "--url", server.url, "--format", "json")
     document = json.loads(ended.out)
-    assert (document["title"], document["metrics"]) == ("LMCache KV Cache Service", {})
+    assert (document["title"], document["metrics"]["status"]) == ("LMCache KV Cache Service", "FAIL")
+    assert document["metrics"]["health"] is None
     assert document["error"]["code"] == code
 
 
@@ -193,7 +194,7 @@ def test_an_engine_is_recognised_and_the_usual_port_suggested(
 
 
 def test_an_answer_without_end_is_given_up(lmcache: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "BODY_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr(transport, "BODY_BYTES_MAX", 1 << 20)
     with serve({"/status": Answer(pieces=(b"[" + b"0," * 2**15,) * 64)}) as server:
         ended = lmcache("describe", "kvcache", "--url", server.url)
     assert ended.status == 1

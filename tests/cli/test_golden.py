@@ -12,10 +12,17 @@ from serving import json_answer, serve
 
 from lmcache_cli import api, render
 from lmcache_cli.commands import describe, ping, query
-from lmcache_cli.completion import Completion
+from lmcache_cli.measured import Completion
 
 GOLDEN = Path(__file__).parent / "golden"
-SIBLINGS = {"l1_used_bytes", "l1_usage_ratio", "gpu_id_list", "pool_used_slots", "pool_capacity_slots"}
+SIBLINGS = {
+    "l1_capacity_bytes",
+    "l1_used_bytes",
+    "l1_usage_ratio",
+    "gpu_id_list",
+    "pool_used_slots",
+    "pool_capacity_slots",
+}
 
 
 def golden(name: str) -> str:
@@ -35,8 +42,10 @@ def described() -> render.Report:
 
 @pytest.fixture
 def completed() -> render.Report:
-    done = Completion("facebook/opt-125m", 618, 9, None, ttft_s=0.0268761, total_s=0.03505315)
-    return query.completion_report(done)
+    # times under which TPOT by (last - first) / (n - 1) and its inverse print what the sample shows
+    last_s = 0.02688 + 8 / 1100.64
+    done = Completion("facebook/opt-125m", "It keeps KV.", 618, 9, None, 0.02688, last_s, total_s=0.03505)
+    return query.completion_report([done])
 
 
 @pytest.mark.parametrize(("form", "name"), [("terminal", "ping.txt"), ("json", "ping.json")])
@@ -69,13 +78,15 @@ def test_query_in_json_has_the_keys_of_the_reference(completed: render.Report) -
         "metrics": {
             "model": "facebook/opt-125m",
             "prompt_tokens": 618,
-            "output_tokens": 9,
+            "cached_tokens": None,
             "latency": {
+                "output_tokens": 9,
                 "ttft_ms": 26.88,
                 "tpot_ms_per_token": 0.91,
                 "total_latency_ms": 35.05,
                 "throughput_tokens_per_s": 1100.64,
             },
+            "answer": "It keeps KV.",
         },
     }
 

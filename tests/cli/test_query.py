@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Callable
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 from serving import Answer, event_stream, json_answer, serve
 
-from lmcache_cli import client
-from lmcache_cli.completion import Completion
+from lmcache_cli.client import engine as engine_client
+from lmcache_cli.measured import Completion
 
 Run = Callable[..., Any]
 
@@ -20,8 +21,8 @@ MODELS = json_answer({"object": "list", "data": [{"id": "first"}, {"id": "second
 USAGE = {"choices": [], "usage": {"prompt_tokens": 618, "completion_tokens": 9}}
 
 
-def text(piece: str) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "text": piece}]}
+def text(piece: str, finish: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "text": piece, "finish_reason": finish}]}
 
 
 def delta(**fields: Any) -> dict[str, Any]:
@@ -51,8 +52,9 @@ def test_a_streamed_completion_is_measured(query: Run) -> None:
     ended, asked = query({"/v1/completions": GOOD})
     shown = metrics(ended)
     assert (ended.status, ended.err) == (0, "")
-    assert (shown["model"], shown["prompt_tokens"], shown["output_tokens"]) == ("first", 618, 9)
+    assert (shown["model"], shown["prompt_tokens"], shown["answer"]) == ("first", 618, "Hello")
     latency = shown["latency"]
+    assert latency.pop("output_tokens") == 9
     assert 0 < latency["ttft_ms"] <= latency["total_latency_ms"]
     assert set(latency) == {"ttft_ms", "tpot_ms_per_token", "total_latency_ms", "throughput_tokens_per_s"}
     assert [each.path for each in asked] == ["/v1/models", "/v1/completions"]
@@ -77,7 +79,7 @@ def test_an_engine_without_completions_is_asked_by_chat(query: Run, status: int)
     chat = event_stream(delta(role="assistant"), delta(content="yes"), USAGE)
     ended, asked = query({"/v1/completions": Answer(status), "/v1/chat/completions": chat})
     assert ended.status == 0
-    assert metrics(ended)["output_tokens"] == 9
+    assert metrics(ended)["latency"]["output_tokens"] == 9
     assert json.loads(asked[-1].body)["messages"] == [{"role": "user", "content": "hi"}]
 
 
@@ -92,7 +94,7 @@ def test_tokens_are_never_invented(query: Run, lmcache: Run) -> None:
     ended, _ = query({"/v1/completions": event_stream(text("a"), text("b"))})
     shown = metrics(ended)
     assert ended.status == 0
-    assert (shown["prompt_tokens"], shown["output_tokens"]) == (None, None)
+    assert (shown["prompt_tokens"], shown["latency"]["output_tokens"]) == (None, None)
     assert shown["latency"]["tpot_ms_per_token"] is None
     assert shown["latency"]["throughput_tokens_per_s"] is None
     assert shown["latency"]["ttft_ms"] > 0
@@ -106,7 +108,7 @@ def test_cached_tokens_are_reported_when_the_engine_counts_them(query: Run) -> N
     ended, _ = query({"/v1/completions": event_stream(text("a"), usage)})
     assert metrics(ended)["cached_tokens"] == 4
     ended, _ = query({"/v1/completions": GOOD})
-    assert "cached_tokens" not in metrics(ended)
+    assert metrics(ended)["cached_tokens"] is None
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_cached_tokens_are_reported_when_the_engine_counts_them(query: Run) -> N
 )
 def test_a_count_of_the_wrong_type_is_absent(query: Run, usage: Any) -> None:
     ended, _ = query({"/v1/completions": event_stream(text("a"), {"usage": usage})})
-    assert (ended.status, metrics(ended)["output_tokens"]) == (0, None)
+    assert (ended.status, metrics(ended)["latency"]["output_tokens"]) == (0, None)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,8 @@ def test_a_stream_cut_before_its_end_is_a_failure(query: Run, answer: Answer) ->
     ended, _ = query({"/v1/completions": answer})
     document = json.loads(ended.out)
     assert ended.status == 1
-    assert document["metrics"] == {}
+    assert document["metrics"]["status"] == "FAIL"
+    assert document["metrics"]["latency"]["ttft_ms"] is None
     assert document["error"]["code"] in ("cut_short", "bad_answer")
     assert ended.err.count("\n") == 1
 
@@ -192,7 +195,7 @@ class _Paced:
 
 
 def test_a_line_without_end_is_given_up(query: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "LINE_BYTES_MAX", 1 << 16)
+    monkeypatch.setattr(engine_client, "LINE_BYTES_MAX", 1 << 16)
     ended, _ = query({"/v1/completions": Answer(pieces=(b"data: " + b"x" * (1 << 16),) * 4)})
     assert ended.status == 1
     assert "longer than any answer" in ended.err
@@ -243,7 +246,7 @@ def test_the_bundled_document_can_be_replaced(query: Run, tmp_path: Path) -> Non
     ("words", "said"),
     [
         (("--prompt", "{x}"), "placeholder {x} has no document: add --documents x=PATH"),
-        (("--prompt", "{x}", "--documents", "x=/nowhere/at/all"), "cannot read document"),
+        (("--prompt", "{x}", "--documents", "x=/nowhere/at/all"), "cannot read /nowhere"),
         (("--prompt", "{x}", "--documents", "plain.txt"), "expected NAME=PATH"),
         (("--prompt", "{x}", "--documents", "=plain.txt"), "expected NAME=PATH"),
         (("--prompt", "hi", "--documents", "x=y"), "the prompt has no placeholder {x}"),
@@ -271,20 +274,66 @@ def test_a_document_that_is_not_text_is_refused(lmcache: Run, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("tokens", "ttft_s", "expected"),
+    ("tokens", "ttft_s", "last_s", "expected"),
     [
-        (9, 0.0268761, (0.91, 1100.64)),
-        (2, 0.0, (17.53, 57.06)),
-        (1, 0.01, (None, None)),  # nothing was decoded after the first token
-        (0, None, (None, None)),
-        (9, None, (None, None)),
-        (9, 0.03505315, (None, None)),  # everything came in one piece
-        (None, 0.01, (None, None)),
+        (9, 0.010, 0.018, (1.0, 1000.0)),
+        (2, 0.010, 0.030, (20.0, 50.0)),
+        (1, 0.010, 0.010, (None, None)),  # nothing was decoded after the first token
+        (0, None, None, (None, None)),
+        (9, None, None, (None, None)),
+        (9, 0.020, 0.020, (0.0, None)),  # everything came in one piece
+        (None, 0.010, 0.020, (None, None)),
     ],
 )
-def test_rates_are_those_of_the_sample_or_not_available(
-    tokens: int | None, ttft_s: float | None, expected: tuple[float | None, float | None]
+def test_time_per_token_divides_by_the_tokens_after_the_first(
+    tokens: int | None, ttft_s: float | None, last_s: float | None, expected: tuple[float | None, float | None]
 ) -> None:
-    done = Completion("m", None, tokens, None, ttft_s, 0.03505315)
+    done = Completion("m", "", None, tokens, None, ttft_s, last_s, 0.05)
     rates = (done.tpot_ms, done.throughput_tokens_per_s)
-    assert tuple(rate if rate is None else round(rate, 2) for rate in rates) == expected
+    assert tuple(rate if rate is None else round(rate, 6) for rate in rates) == expected
+
+
+def test_a_stream_that_gave_its_finish_reason_may_end_without_done(query: Run) -> None:
+    ended, _ = query({"/v1/completions": event_stream(text("a"), text("b", "stop"), USAGE, done=False)})
+    assert (ended.status, metrics(ended)["answer"]) == (0, "ab")
+
+
+def test_reasoning_is_no_part_of_the_answer(query: Run) -> None:
+    chat = event_stream(delta(reasoning_content="hm"), delta(content="yes"), USAGE)
+    ended, asked = query({"/v1/chat/completions": chat}, "--chat")
+    assert metrics(ended)["answer"] == "yes"
+    assert [each.path for each in asked] == ["/v1/models", "/v1/chat/completions"]
+
+
+def test_the_answer_streams_to_the_terminal_before_the_report(lmcache: Run) -> None:
+    answers = {"/v1/models": MODELS, "/v1/completions": event_stream(text("Hel\nlo\x1b[2J"), USAGE)}
+    with serve(answers) as server:
+        words = ("query", "engine", "--url", server.url, "--prompt", "hi")
+        shown = lmcache(*words, "--show-answer")
+        assert shown.out.startswith("Hel\nlo\\x1b[2J\n================= Query Engine")
+        assert json.loads(lmcache(*words, "--show-answer", "--format", "json").out)["metrics"]["answer"]
+        assert "Hel" not in lmcache(*words).out
+
+
+@pytest.mark.parametrize(("given", "sent"), [("@@at", "@at"), ("-", "from stdin ü")])
+def test_a_prompt_may_come_from_stdin(query: Run, monkeypatch: pytest.MonkeyPatch, given: str, sent: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("from stdin ü".encode())))
+    _, asked = query({"/v1/completions": GOOD}, prompt=given)
+    assert json.loads(asked[-1].body)["prompt"] == sent
+
+
+def test_a_prompt_may_come_from_a_file(query: Run, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("long prompt")
+    _, asked = query({"/v1/completions": GOOD}, prompt=f"@{tmp_path / 'p'}")
+    assert json.loads(asked[-1].body)["prompt"] == "long prompt"
+
+
+def test_repeating_shows_the_first_against_the_others(query: Run) -> None:
+    ended, asked = query({"/v1/completions": GOOD}, "--repeat", "3")
+    shown = metrics(ended)
+    assert len([each for each in asked if each.path == "/v1/completions"]) == 3
+    assert [run["output_tokens"] for run in shown["runs"]] == [9, 9, 9]
+    assert shown["repeat"]["num_runs"] == 3
+    assert shown["repeat"]["cold_ttft_ms"] == shown["runs"][0]["ttft_ms"] == shown["latency"]["ttft_ms"]
+    others = [run["ttft_ms"] for run in shown["runs"][1:]]
+    assert min(others) <= shown["repeat"]["warm_ttft_ms"] <= max(others)

@@ -29,6 +29,7 @@ def raw(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
         yield dealer
 
 
+VERSION = bytes([m.WIRE_VERSION])
 GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x01NULL" + b"\0" * 48
 READY = b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
 STARTS = [b"", b"\xff", GREETING[:10], GREETING[:10] + b"\x00", GREETING[:10] + b"\x01", GREETING, GREETING + READY]
@@ -53,7 +54,14 @@ def test_wrong_part_counts_and_frames_that_are_not_ours_hurt_nobody_but_their_se
     engine = engines(shared)
     before = shared.metric("malformed_total")
     with raw(shared.rpc) as dealer:
-        for parts in ([b""], [b"", b""], [b"x"] * 50, [b"\x01\xc1"], [b"\xff" * 1000], [b"\x01" + b"\x91" * 50_000]):
+        for parts in (
+            [b""],
+            [b"", b""],
+            [b"x"] * 50,
+            [VERSION + b"\xc1"],
+            [b"\xff" * 1000],
+            [VERSION + b"\x91" * 50_000],
+        ):
             dealer.send_multipart(parts)
         dealer.send(codec.encode(m.Ping(1)))
         assert codec.decode_reply(dealer.recv()) == m.Pong(1, ready_bytes=engine.call(m.Ping(0)).ready_bytes)
@@ -63,7 +71,7 @@ def test_wrong_part_counts_and_frames_that_are_not_ours_hurt_nobody_but_their_se
 
 def test_a_malformed_request_is_answered_when_its_id_can_be_read(shared: Server) -> None:
     with raw(shared.rpc) as dealer:
-        dealer.send(b"\x01" + b"\x93\xa6lookup\x2a\x07")
+        dealer.send(VERSION + b"\x93\xa6lookup\x2a\x07")
         reply = codec.decode_reply(dealer.recv())
         assert isinstance(reply, m.Refused)
         assert (reply.id, reply.code) == (42, m.REFUSED_INVALID)
@@ -73,7 +81,7 @@ def test_a_malformed_frame_costs_its_sender_the_binding_until_it_says_hello_agai
     shared: Server, engines: Engines
 ) -> None:
     engine = engines(shared)
-    engine.client._socket.send(b"\x01nonsense")
+    engine.client._socket.send(VERSION + b"nonsense")
     with pytest.raises(PeerRefused) as caught:
         engine.lookup(["x"])
     assert caught.value.code == m.REFUSED_UNKNOWN
@@ -84,7 +92,7 @@ def test_a_malformed_frame_costs_its_sender_the_binding_until_it_says_hello_agai
 def test_a_giant_frame_costs_its_sender_the_connection_and_nobody_memory(shared: Server, engines: Engines) -> None:
     engine = engines(shared)
     with raw(shared.rpc) as dealer:
-        dealer.send(b"\x01" * (64 << 20))
+        dealer.send(VERSION * (64 << 20))
         assert isinstance(engine.call(m.Ping(0)), m.Pong)
         assert shared.healthy()
         with open(f"/proc/{shared.process.pid}/status") as status:

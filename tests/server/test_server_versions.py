@@ -14,8 +14,9 @@ import lmcache.connectors.link as link
 import lmcache.wire.codec as codec
 
 logging.basicConfig(format="%(message)s")
-link.WIRE_VERSION = codec.WIRE_VERSION = 2
-codec._VERSION_BYTE = bytes([2])
+newer = codec.WIRE_VERSION + 1
+link.WIRE_VERSION = codec.WIRE_VERSION = newer
+codec._VERSION_BYTE = bytes([newer])
 line = link.Link(link.Address("tcp://127.0.0.1", int(sys.argv[1])), "worker", False, lambda _: None)
 line.wait_first_try(20)  # then several attempts more
 time.sleep(2)

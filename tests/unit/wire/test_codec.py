@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lmcache.wire import codec
 from lmcache.wire import messages as m
 
+VERSION = bytes([m.WIRE_VERSION])
 REQUESTS = [
     m.Hello(1, version=1, token=b"t" * 16),
     m.Register(2, "worker", "model", "vllm 1", 0, 2, 4096, (0,), ()),
@@ -24,10 +25,14 @@ REQUESTS = [
     m.Bye(9),
     m.Snapshot(10),
     m.Clear(11),
+    m.Peek(12, keys=b"k" * 64),
+    m.Tenants(13),
+    m.Limit(14, "tenant ü", 1.5),
+    m.Limit(15, "", None),
 ]
 
 
-@pytest.mark.parametrize("request_", REQUESTS, ids=lambda item: type(item).__name__)
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda item: f"{type(item).__name__}{item.id}")
 def test_a_request_is_the_same_after_its_way(request_: m.Request) -> None:
     assert codec.decode_request(codec.encode(request_)) == request_
 
@@ -56,13 +61,13 @@ def test_a_wrong_type_is_refused_and_its_id_is_found() -> None:
     "frame",
     [
         b"",
-        b"\x01",
+        VERSION,
         codec.encode(m.Ping(1)) + b"x",
-        b"\x01" + b"\x91" * 100_000,
-        b"\x01" + b"\xdd\xff\xff\xff\xff" * 20,
-        b"\x01\x92\xa4ping\xcc",
-        b"\x01\x92\xa4\xff\xff\xff\xff\x05",
-        b"\x01" + b"\0" * m.FRAME_BYTES_MAX,
+        VERSION + b"\x91" * 100_000,
+        VERSION + b"\xdd\xff\xff\xff\xff" * 20,
+        VERSION + b"\x92\xa4ping\xcc",
+        VERSION + b"\x92\xa4\xff\xff\xff\xff\x05",
+        VERSION + b"\0" * m.FRAME_BYTES_MAX,
     ],
     ids=["empty", "version only", "trailing", "deep", "huge arrays", "cut", "bad text", "too long"],
 )

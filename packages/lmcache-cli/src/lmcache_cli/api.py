@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 HTTP_PORT = 8080
 RPC_PORT = 5555
@@ -23,6 +24,10 @@ PATH_VERSION = "/version"
 PATH_CONFIG = "/config"
 PATH_METRICS = "/metrics"
 PATH_CLEAR = "/cache/clear"
+PATH_QUOTA = "/quota"  # of one tenant: quota_path(salt)
+PATH_LOOKUP = "/cache/lookup"
+
+DEFAULT_SALT = "_default"  # stands for the empty cache salt in a path
 
 ENGINE_TYPE = "LMCacheServer"
 
@@ -31,6 +36,7 @@ ENGINE_PATH_HEALTH = "/health"
 ENGINE_PATH_MODELS = "/v1/models"
 ENGINE_PATH_COMPLETIONS = "/v1/completions"
 ENGINE_PATH_CHAT = "/v1/chat/completions"
+ENGINE_PATH_TOKENIZE = "/tokenize"
 
 T = TypeVar("T")
 
@@ -88,6 +94,7 @@ class StorageManager:
     is_healthy: bool | None = None
     l1_manager: L1Manager | None = None
     l1_eviction_controller: EvictionController | None = None
+    eviction_controller: EvictionController | None = None  # the same once more, where upstream's command line looks
     l2_adapters: list[L2Adapter] = field(default_factory=list)
 
 
@@ -173,6 +180,100 @@ class ClearReply:
 
     status: str | None = None
     cleared: Cleared | None = None
+
+
+@dataclass(frozen=True)
+class Quota:
+    """GET /quota/{salt}: the limit of one tenant; an unknown one does not exist. 1 GB = 2**30 bytes."""
+
+    cache_salt: str | None = None
+    limit_gb: float | None = None
+    current_usage_gb: float | None = None  # None: not known
+    exists: bool | None = None
+
+
+@dataclass(frozen=True)
+class QuotaUser:
+    """One tenant of the list."""
+
+    limit_gb: float | None = None
+    current_usage_gb: float | None = None  # None: not known
+
+
+@dataclass(frozen=True)
+class QuotaList:
+    """GET /quota: every tenant with a limit, by cache salt."""
+
+    users: dict[str, QuotaUser] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuotaLimit:
+    """PUT /quota/{salt}."""
+
+    limit_gb: float
+
+
+@dataclass(frozen=True)
+class QuotaChange:
+    """Answer to PUT and DELETE /quota/{salt}."""
+
+    cache_salt: str | None = None
+    limit_gb: float | None = None  # PUT only
+    status: str | None = None  # "ok" (PUT), "removed" | "not_found" (DELETE)
+
+
+@dataclass(frozen=True)
+class LookupRequest:
+    """POST /cache/lookup: which chunks of these tokens are held? Nothing is moved, kept or counted by asking."""
+
+    token_ids: list[int]
+    model_name: str | None = None  # None: for every model that the server has met
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Where one whole chunk lies."""
+
+    index: int | None = None
+    first_token: int | None = None
+    num_tokens: int | None = None
+    tier: str | None = None  # "l1"; None: not held
+
+
+@dataclass(frozen=True)
+class ModelPrefix:
+    """What is held for one model; a model that engines run in two ways (dtype, ranks, ...) is listed once for each."""
+
+    model_name: str | None = None
+    engine: str | None = None
+    world_size: int | None = None
+    held_tokens: int | None = None  # the longest prefix that is held without a gap
+    chunks: list[ChunkPlace] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LookupReply:
+    """Answer to POST /cache/lookup. Tokens after the last whole chunk belong to no chunk."""
+
+    chunk_size: int | None = None
+    num_tokens: int | None = None
+    models: list[ModelPrefix] = field(default_factory=list)
+
+
+def quota_path(salt: str) -> str:
+    """Path of one tenant's quota. Every byte of the salt that could mean something in a URL is escaped.
+
+    Raises:
+        ValueError: the salt cannot be written as UTF-8.
+    """
+    if not salt:
+        return f"{PATH_QUOTA}/{DEFAULT_SALT}"
+    escaped = quote(salt, safe="")
+    if salt in (".", "..", DEFAULT_SALT):  # would be taken for a folder, or for the empty salt
+        escaped = escaped.replace(".", "%2E").replace("_", "%5F")
+    return f"{PATH_QUOTA}/{escaped}"
 
 
 def to_json(value: Any) -> Any:

@@ -3,8 +3,7 @@
 Adding a command: one new file in ``commands/`` that defines a click command (a command that reports metrics uses
 ``cls=BaseCommand`` of ``commands.base`` and returns a ``render.Report``), and one line in BUILTIN below. Heavy
 imports (httpx) belong inside the command. Another distribution adds a command, without touching this tree, through an
-entry point of the group `lmcache.commands`: its name is the command's, its object a click command; it is imported
-only when it is used. Commands of the full package (RUNTIME) join that way, and never by a try-import.
+entry point (``plugins``); commands of the full package join that way, and never by a try-import.
 """
 
 from __future__ import annotations
@@ -12,23 +11,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import click
 
-from lmcache_cli import _distribution
+from lmcache_cli import plugins
 from lmcache_cli._version import __version__
-from lmcache_cli.errors import CommandError, ExitStatus, UsageFault
+from lmcache_cli.errors import CommandError, ExitStatus, Interrupted, UsageFault
 from lmcache_cli.groups import BareGroup, Group
-from lmcache_cli.render import one_line
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-ENTRY_POINT_GROUP = "lmcache.commands"
+from lmcache_cli.render import Entry, Failure, Report, Section, one_line, to_json
 
 
 @dataclass(frozen=True)
@@ -41,13 +35,14 @@ class Builtin:
 
 
 BUILTIN = {
+    "bench": Builtin("bench", "bench", "Measure a serving engine or a server under load."),
+    "completion": Builtin("completion", "completion", "Print the completion script of a shell."),
     "describe": Builtin("describe", "describe", "Show the state of a running service."),
     "kvcache": Builtin("kvcache", "kvcache", "Manage the KV cache of a running LMCache server."),
     "ping": Builtin("ping", "ping", "Check that a server is alive."),
     "query": Builtin("query", "query", "Send one request and report what it took."),
+    "quota": Builtin("quota", "quota", "Manage the memory limits of tenants."),
 }
-
-RUNTIME = {"server": "Launch the LMCache server (ZMQ + HTTP). Needs the full package."}
 
 
 class Root(Group):
@@ -55,28 +50,20 @@ class Root(Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Names for the help."""
-        return sorted({*BUILTIN, *RUNTIME, *_entry_points()})
+        return sorted({*BUILTIN, *plugins.names()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """The command of that name, imported now; None when there is none."""
         builtin = BUILTIN.get(cmd_name)
-        if builtin is not None:
-            module = importlib.import_module(f"lmcache_cli.commands.{builtin.module}")
-            command: click.Command = getattr(module, builtin.attribute)
-            return command
-        entry_point = _entry_points().get(cmd_name)
-        if entry_point is not None:
-            return _load(cmd_name, entry_point)
-        if cmd_name in RUNTIME:
-            raise UsageFault(
-                f"`{cmd_name}` needs the full package: uninstall {_distribution.THIN}, then install the "
-                f"{_distribution.FULL} wheel of the same version ({__version__}), or use another environment"
-            )
-        return None
+        if builtin is None:
+            return plugins.find(cmd_name) if "." not in cmd_name else None
+        module = importlib.import_module(f"lmcache_cli.commands.{builtin.module}")
+        command: click.Command = getattr(module, builtin.attribute)
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing any of them."""
-        summaries = {name: builtin.summary for name, builtin in BUILTIN.items()} | RUNTIME
+        summaries = {name: builtin.summary for name, builtin in BUILTIN.items()} | plugins.RUNTIME
         rows = [(name, summaries.get(name, "(plug-in)")) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -104,24 +91,56 @@ def run(words: list[str]) -> int:
         return ExitStatus.USAGE
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx is not None else "lmcache"
-        return _complain(f"{path}: {error.format_message().rstrip('.')}; see '{path} -h'", ExitStatus.USAGE)
+        fault = UsageFault(f"{path}: {error.format_message().rstrip('.')}; see '{path} -h'")
+        return _complain(words, fault, error.ctx, prefix="")
     except click.ClickException as error:
-        return _complain(f"lmcache: {error.format_message()}", error.exit_code)
+        return _complain(words, CommandError(error.format_message()), None)
     except CommandError as error:
-        return _complain(f"lmcache: {error}", error.exit_status)
-    except click.Abort:
-        return ExitStatus.INTERRUPTED
+        return _complain(words, error, None)
+    except (click.Abort, KeyboardInterrupt):
+        return _interrupted(words)
     except OSError as error:
         _silence_stdout()
         if isinstance(error, BrokenPipeError):
             return ExitStatus.FAILED  # the reader has what it wanted
-        return _complain(f"lmcache: {error.strerror or error}", ExitStatus.FAILED)
+        print(one_line(f"lmcache: {error.strerror or error}"), file=sys.stderr)
+        return ExitStatus.FAILED
     return result if isinstance(result, int) else ExitStatus.OK
 
 
-def _complain(text: str, status: int) -> int:
-    print(one_line(text), file=sys.stderr)
-    return status
+def _complain(words: list[str], error: CommandError, ctx: click.Context | None, prefix: str = "lmcache: ") -> int:
+    """One line on stderr; and the one document on stdout that `--format json` promises."""
+    print(one_line(f"{prefix}{error}"), file=sys.stderr)
+    if _asked_for_json(words):
+        _write_document(error, ctx)
+    return error.exit_status
+
+
+def _interrupted(words: list[str]) -> int:
+    if _asked_for_json(words) and not any(word.split("=")[0] == "--watch" for word in words):
+        _write_document(Interrupted("interrupted"), None)
+    return ExitStatus.INTERRUPTED
+
+
+def _write_document(error: CommandError, ctx: click.Context | None) -> None:
+    from lmcache_cli.commands.base import BaseCommand  # 10 ms that the help does without
+
+    command = ctx.command if ctx is not None else None
+    if isinstance(command, BaseCommand):
+        report = command.failure_report(error)
+    else:
+        failure = Failure(error.code, str(error))
+        report = Report("LMCache", 0, [Section([Entry("status", None, "FAIL")])], failure=failure)
+    with contextlib.suppress(OSError):
+        sys.stdout.write(to_json(report))
+        sys.stdout.flush()
+
+
+def _asked_for_json(words: list[str]) -> bool:
+    """Whether the command line asks for JSON on stdout, as far as that can be told of one that cannot be parsed."""
+    forms = [b for a, b in itertools.pairwise(words) if a == "--format"]
+    forms += [word.removeprefix("--format=") for word in words if word.startswith("--format=")]
+    return forms[-1:] == ["json"] and not {"-q", "--quiet"} & set(words)
 
 
 def _silence_stdout() -> None:
@@ -130,22 +149,3 @@ def _silence_stdout() -> None:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, sys.stdout.fileno())
         os.close(sink)
-
-
-def _entry_points() -> dict[str, EntryPoint]:
-    from importlib.metadata import entry_points  # 40 ms: only where a name is not built in, and for the help
-
-    return {entry_point.name: entry_point for entry_point in entry_points(group=ENTRY_POINT_GROUP)}
-
-
-def _load(name: str, entry_point: EntryPoint) -> click.Command:
-    try:
-        command = entry_point.load()
-    except (ImportError, AttributeError) as error:
-        raise CommandError(
-            f"`{name}` cannot be loaded from {entry_point.value} ({error}); if files of an installed package are "
-            "missing, uninstall that package and install it again from its wheel file or a checkout"
-        ) from error
-    if not isinstance(command, click.Command):
-        raise CommandError(f"`{name}` cannot be loaded: {entry_point.value} is not a click command")
-    return command

@@ -2,6 +2,7 @@
 
 CommandError                 base; its text is one sentence for a person, ``code`` is for scripts
 ├── UsageFault               what was typed cannot work (exit 2)
+├── Interrupted          ctrl-C (exit 130)
 ├── InstallConflict          both distributions are installed; also an ImportError (exit 78)
 └── ServerError              the other side (exit 1)
     ├── Unreachable          no connection
@@ -40,6 +41,13 @@ class UsageFault(CommandError):
 
     code = "usage"
     exit_status = ExitStatus.USAGE
+
+
+class Interrupted(CommandError):
+    """Somebody pressed ctrl-C."""
+
+    code = "interrupted"
+    exit_status = ExitStatus.INTERRUPTED
 
 
 class InstallConflict(CommandError, ImportError):

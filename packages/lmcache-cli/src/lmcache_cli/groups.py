@@ -31,3 +31,31 @@ class Group(click.Group):
         near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise click.UsageError(f"no such command '{name}'{hint}", ctx)
+
+
+class OpenGroup(Group):
+    """A group that other distributions add commands to (see ``plugins``)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names for the help."""
+        from lmcache_cli import plugins
+
+        return sorted({*super().list_commands(ctx), *plugins.names(self.name or "")})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported now; None when there is none."""
+        from lmcache_cli import plugins
+
+        return super().get_command(ctx, cmd_name) or plugins.find(f"{self.name}.{cmd_name}")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands; those of other distributions are not imported for it."""
+        from lmcache_cli import plugins
+
+        rows = []
+        for name in self.list_commands(ctx):
+            own = self.commands.get(name)
+            text = own.get_short_help_str(100) if own else plugins.RUNTIME.get(f"{self.name}.{name}", "(plug-in)")
+            rows.append((name, text))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)

@@ -8,14 +8,20 @@ eviction policy lay under `eviction_controller`; and servers with several L1 poo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+PATH_HEALTH = "/api/healthcheck"
+PATH_STATUS = "/api/status"
+PATHS_CLEAR = ("/clear-cache", "/api/clear-cache")  # 0.4.5 to 0.5.0, and before
 
 Document = Mapping[str, Any]
 
 _GROUP_NAMES = {
     "block_size": "tokens_per_block",
     "physical_block_size": "tokens_per_block",
+    "inference_engine_logical_block_size": "tokens_per_block",
     "hidden_dim_sizes": "hidden_dim_size",
     "gpu_kv_shape": "engine_kv_shape",
     "gpu_kv_concrete_shape": "engine_kv_concrete_shape",
@@ -53,6 +59,8 @@ def _instance(meta: Document, gpu: str | None) -> dict[str, Any]:
 def _group(group: Document) -> dict[str, Any]:
     renamed = {_GROUP_NAMES.get(key, key): value for key, value in group.items()}
     size = renamed.get("hidden_dim_size")
+    if isinstance(size, str):  # the text of a list: "[1024]"
+        size = [int(digits) for digits in re.findall(r"\d+", size)]
     if isinstance(size, list):
         renamed["hidden_dim_size"] = size[0] if size else None
     return renamed

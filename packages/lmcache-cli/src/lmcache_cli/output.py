@@ -83,15 +83,35 @@ class OutputFile:
         return 0o666 & ~mask
 
 
-def emit(report: render.Report, form: str, file: OutputFile | None, *, quiet: bool) -> None:
-    """Write the report to stdout (unless ``quiet``) and to ``file`` in the same form, the file never in colour."""
-    try:
-        if not quiet and sys.stdout is not None:
-            render.write(report, form, sys.stdout)
-            sys.stdout.flush()
-    finally:  # a reader of stdout that went away does not cost the file
-        if file is not None:
-            file.write(render.render(report, form))
+class Sink:
+    """Where the reports of one command go: stdout unless ``quiet``, and ``file`` in the same form, never in colour.
+
+    Args:
+        form: one of render.FORMATS.
+        is_repeated: whether more than one report follows another on stdout: JSON then takes one line each, and a
+            terminal shows the latest alone.
+    """
+
+    def __init__(self, form: str, file: OutputFile | None, quiet: bool, is_repeated: bool = False) -> None:
+        self.form = form
+        self._file = file
+        self._quiet = quiet
+        self._is_repeated = is_repeated
+
+    def emit(self, report: render.Report) -> None:
+        """Deliver one report."""
+        try:
+            if not self._quiet and sys.stdout is not None:
+                if self._is_repeated and self.form == "json":
+                    sys.stdout.write(render.to_json(report, indent=None))
+                else:
+                    if self._is_repeated and sys.stdout.isatty():
+                        sys.stdout.write("\x1b[H\x1b[2J")
+                    render.write(report, self.form, sys.stdout)
+                sys.stdout.flush()
+        finally:  # a reader of stdout that went away does not cost the file
+            if self._file is not None:
+                self._file.write(render.render(report, self.form))
 
 
 def _reason(error: Exception) -> str:

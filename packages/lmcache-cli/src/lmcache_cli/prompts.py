@@ -7,6 +7,7 @@ inserted as they are, braces included.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,19 @@ BUNDLED = "lmcache"
 DOCUMENT_BYTES_MAX = 64 << 20
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+def read(source: str) -> str:
+    """The text that an argument names: `-` is stdin, `@FILE` a file, `@@...` a text that begins with @, else itself.
+
+    Raises:
+        UsageFault: it cannot be read, is too long, or is not UTF-8.
+    """
+    if source == "-":
+        return _decoded(sys.stdin.buffer.read(DOCUMENT_BYTES_MAX + 1), "stdin")
+    if source.startswith("@@"):
+        return source[1:]
+    return _read(Path(source[1:])) if source.startswith("@") else source
 
 
 def expand(prompt: str, documents: Sequence[str]) -> str:
@@ -56,10 +70,14 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(DOCUMENT_BYTES_MAX + 1)
     except (OSError, ValueError) as error:
-        raise UsageFault(f"cannot read document {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageFault(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    return _decoded(content, str(path))
+
+
+def _decoded(content: bytes, name: str) -> str:
     if len(content) > DOCUMENT_BYTES_MAX:
-        raise UsageFault(f"document {path} is longer than {DOCUMENT_BYTES_MAX >> 20} MiB")
+        raise UsageFault(f"{name} is longer than {DOCUMENT_BYTES_MAX >> 20} MiB")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageFault(f"document {path} is not UTF-8 text") from error
+        raise UsageFault(f"{name} is not UTF-8 text") from error

@@ -84,8 +84,8 @@ def render(report: Report, form: str) -> str:
     return to_json(report) if form == "json" else to_terminal(report)
 
 
-def to_json(report: Report) -> str:
-    """JSON form; numbers that JSON cannot hold (NaN, infinities) become null."""
+def to_json(report: Report, indent: int | None = 2) -> str:
+    """JSON form (on one line where ``indent`` is None); numbers that JSON cannot hold (NaN, infinities) become null."""
     metrics: dict[str, Any] = {}
     lists: dict[str, list[Any]] = {name: [] for name in report.list_names}
     for section in report.sections:
@@ -102,7 +102,7 @@ def to_json(report: Report) -> str:
     document: dict[str, Any] = {"title": report.title, "metrics": {**metrics, **lists}}
     if report.failure is not None:
         document["error"] = {"code": report.failure.code, "message": report.failure.message}
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+    return json.dumps(document, indent=indent, allow_nan=False) + "\n"
 
 
 def to_terminal(report: Report) -> str:

@@ -1,11 +1,12 @@
 """Identity: which bytes a chunk of tokens names.
 
-A *namespace* is the SHA-256 of everything besides the tokens that must match (model, weights, dtype, layout, chunk
-size, ranks, salt). The *key* of a chunk is a link of a SHA-256 chain that starts at the namespace and takes in one
-chunk of tokens after another, so equal keys mean equal namespace and equal tokens from the first to the last of the
-chunk:
+A *namespace* is the SHA-256 of everything besides the tokens that must match, in two steps: that of an engine (model,
+weights, dtype, layout, ranks), which the server is told when the engine registers, and that of a request, which adds
+the chunk size, the tenant's salt and the adapter. So whoever knows the engine's can compute the keys of a plain prompt.
+The *key* of a chunk is a link of a SHA-256 chain that starts at the request's namespace and takes in one chunk of
+tokens after another, so equal keys mean equal namespace and equal tokens from the first to the last of the chunk:
 
-    key[-1] = namespace
+    key[-1] = namespace of the request
     key[i]  = SHA-256(key[i-1] || tokens of chunk i as little-endian uint32 || extra[i])
 
 ``extra`` is what stands beside the tokens (image hashes, LoRA, prompt embeds) and is empty for plain text. Chaining by
@@ -60,6 +61,20 @@ def namespace(fields: Mapping[str, Value]) -> bytes:
     for name in sorted(fields):
         digest.update(encode_value((name, fields[name])))
     return digest.digest()
+
+
+def request_namespace(engine: bytes, salt: str, fields: Mapping[str, Value], chunk_tokens: int) -> bytes:
+    """Digest that the chain of one request starts at.
+
+    In two steps, so that who knows an engine's digest and a tenant's salt can compute keys, and nothing else of the
+    engine has to travel.
+
+    Args:
+        engine: ``namespace`` of all that the requests of one engine share.
+        salt: of the tenant; "" for none.
+        fields: what else belongs to the request (an adapter); empty for plain text.
+    """
+    return namespace({**fields, "base": engine, "salt": salt, "chunk_tokens": chunk_tokens})
 
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:

@@ -8,13 +8,20 @@ from typing import Any
 import click
 
 from lmcache_cli import api
-from lmcache_cli.commands.base import KVCACHE_URL, BaseCommand, failed, url_option
+from lmcache_cli.commands.base import KVCACHE, BaseCommand, failed, server_options
+from lmcache_cli.commands.describe_engine import describe_engine
 from lmcache_cli.errors import Unhealthy
 from lmcache_cli.groups import Group
 from lmcache_cli.render import Entry, Report, Section
+from lmcache_cli.target import Target
 
 TITLE = "LMCache KV Cache Service"
 WIDTH = 50
+KEYS = (
+    *("health", "url", "engine_type", "chunk_size", "l1_capacity_gb", "l1_capacity_bytes", "l1_used_gb"),
+    *("l1_used_bytes", "l1_usage_ratio", "eviction_policy", "cached_objects", "active_sessions"),
+)
+LISTS = ("models", "l2_adapters")
 
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -24,21 +31,24 @@ def describe() -> None:
     """Show the state of a running service."""
 
 
-@describe.command("kvcache", cls=BaseCommand, title=TITLE)
-@url_option(KVCACHE_URL, "LMCACHE_URL")
-def describe_kvcache(url: str) -> Report:
+describe.add_command(describe_engine)
+
+
+@describe.command("kvcache", cls=BaseCommand, title=TITLE, keys=KEYS, list_names=LISTS, watch=True)
+@server_options(KVCACHE)
+def describe_kvcache(target: Target) -> Report:
     """Show health, memory, registered models and L2 adapters of an LMCache server.
 
     Exit status 1: it cannot be reached, or says that it is not healthy.
     """
     from lmcache_cli.client import CacheServer
 
-    with CacheServer(url) as server:
+    with CacheServer(target) as server:
         status = server.status()
-    report = status_report(status, url)
+    report = status_report(status, target.url)
     if status.is_healthy is False:
         reason = f": {status.reason}" if status.reason else ""
-        return failed(report, Unhealthy(f"{url} says that it is not healthy{reason}"))
+        return failed(report, Unhealthy(f"{target.url} says that it is not healthy{reason}"))
     return report
 
 
@@ -50,7 +60,7 @@ def status_report(status: api.Status, url: str) -> Report:
         *(_model(instances) for instances in _by_model(status.cache_context_meta.values())),
         *(_adapter(adapter) for adapter in storage.l2_adapters),
     ]
-    return Report(TITLE, WIDTH, sections, list_names=("models", "l2_adapters"))
+    return Report(TITLE, WIDTH, sections, list_names=LISTS)
 
 
 def _overview(status: api.Status, url: str) -> Section:
@@ -67,6 +77,7 @@ def _overview(status: api.Status, url: str) -> Section:
             Entry("engine_type", "Engine type", status.engine_type),
             Entry("chunk_size", "Chunk size", status.chunk_size),
             Entry("l1_capacity_gb", "L1 capacity (GB)", _gb(l1.memory_total_bytes)),
+            Entry("l1_capacity_bytes", None, l1.memory_total_bytes),
             Entry("l1_used_gb", "L1 used (GB)", _with_share(_two_decimals(_gb(l1.memory_used_bytes)), ratio)),
             Entry("l1_used_bytes", None, l1.memory_used_bytes),
             Entry("l1_usage_ratio", None, ratio),

@@ -74,6 +74,11 @@ class Cache:
         offsets, checksums = self._index.details(wanted)
         return Found(len(entries), number, lease_s, offsets, checksums)
 
+    def peek(self, keys: bytes) -> bytes:
+        """A byte for each of ``keys`` (32 bytes each), 1 where the chunk is held; nothing is touched."""
+        by_key = self._index.by_key
+        return bytes(keys[start : start + KEY_BYTES] in by_key for start in range(0, len(keys), KEY_BYTES))
+
     def release(self, owner: Owner, lease: int, failed: Sequence[int] = ()) -> bool:
         """End a lease; False when it is not this owner's or is gone.
 

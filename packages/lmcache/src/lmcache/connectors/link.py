@@ -92,6 +92,11 @@ class Link:
         """The line that stands now, or None."""
         return self._line
 
+    @property
+    def reason(self) -> str | None:
+        """The last word to people on how the link stands; None while there is nothing to say."""
+        return self._told
+
     def wait_first_try(self, timeout_s: float) -> None:
         """Wait until the first attempt to attach is over, whatever came of it."""
         self._first_try.wait(timeout_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from array import array
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from lmcache.errors import LayoutError
 from lmcache.keys import KEY_BYTES
 from lmcache.metrics import Counters
 from lmcache.server.sessions import Instance, Sessions
+from lmcache.server.tenants import SALT_BYTES_MAX, Known, Tenants, TooMany
 from lmcache.wire import messages as m
 from lmcache.wire.peer import Peer
 
@@ -51,6 +53,7 @@ class Dispatcher:
         self._welcome = welcome
         self._report = report
         self._note = note
+        self._tenants = Tenants()
 
     def answer(self, peer: Peer, request: m.Request) -> m.Reply:
         """The reply to one request; a refusal is a reply, and so is a fault of ours (the caller counts those).
@@ -93,6 +96,16 @@ class Dispatcher:
                 cleared = self._cache.clear()
                 self._note(f"cleared {cleared.num_entries} entries, {cleared.num_kept} are in use and stay")
                 return m.Cleared(request.id, cleared.num_entries, cleared.num_kept)
+            case m.Peek():
+                self._demand_service(peer)
+                _count_keys(request.keys)
+                return m.Held(request.id, self._cache.peek(request.keys))
+            case m.Tenants():
+                self._demand_service(peer)
+                return m.Report(request.id, self._tenants.document())
+            case m.Limit():
+                self._demand_service(peer)
+                return self._limit(request)
 
     # --- who speaks
 
@@ -132,9 +145,12 @@ class Dispatcher:
         if is_worker:
             _demand(instance.writer_slot is not None, "a worker attaches with want_pool")
             Extents(self._cache.pool.total_bytes).size_class(request.extent_bytes)
+        _demand(len(request.namespace) in (0, KEY_BYTES), f"namespace has {KEY_BYTES} bytes, or none")
         if instance.registration is not None:
             self._cache.drop_owner(instance.id)
         instance.registration = request
+        if request.namespace:
+            self._tenants.meet(Known(*texts, request.world_size, request.namespace.hex()))
         self._note(
             f"{instance} registered as {request.role} {request.rank} of {request.world_size}, "
             f"{_one_line(request.engine)}, model {_one_line(request.model)}, {request.extent_bytes} bytes a chunk"
@@ -146,6 +162,15 @@ class Dispatcher:
         self._sessions.unbind(instance)
         self._note(f"{instance} said goodbye")
         return m.Done(request.id)
+
+    def _limit(self, request: m.Limit) -> m.Reply:
+        _demand(len(request.salt.encode()) <= SALT_BYTES_MAX, f"a salt with a limit has at most {SALT_BYTES_MAX} bytes")
+        is_number = request.limit_gb is None or (math.isfinite(request.limit_gb) and request.limit_gb >= 0)
+        _demand(is_number, "a limit is a number of GB, 0 or more")
+        try:
+            return m.Limited(request.id, self._tenants.limit(request.salt, request.limit_gb))
+        except TooMany as error:
+            raise Refusal(m.REFUSED_BUSY, str(error)) from None
 
     # --- verbs of the cache
 

@@ -79,6 +79,7 @@ def _status(usage: Usage, instances: list[Instance], frame: Frame, reason: str |
             is_healthy=is_healthy,
             l1_manager=l1,
             l1_eviction_controller=api.EvictionController(is_healthy, frame.eviction_policy),
+            eviction_controller=api.EvictionController(is_healthy, frame.eviction_policy),
             l2_adapters=[],
         ),
         registered_gpu_ids=sorted({device for worker in workers.values() for device in worker.device_ids}),

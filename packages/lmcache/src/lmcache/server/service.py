@@ -48,7 +48,7 @@ def _read_boot(core: socket.socket) -> dict[str, Any]:
 
 async def _serve(core: socket.socket, boot: dict[str, Any]) -> None:
     link = CoreLink(boot["endpoint"], bytes.fromhex(boot["token"]))
-    server = http.build_server(http.build_app(link, boot["config"], boot["version"]))
+    server = http.build_server(http.build_app(link, boot["config"], boot["config"]["chunk_tokens"], boot["version"]))
     loop = asyncio.get_running_loop()
     core.setblocking(False)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 NO_EXTENT = (1 << 64) - 1
 """Offset that stands for "none" in a reply."""
@@ -70,6 +70,7 @@ class Register(Message, frozen=True, tag="register", gc=True):
     extent_bytes: int  # one chunk on one rank; 0 for a scheduler
     device_ids: tuple[int, ...] = ()
     groups: tuple[KernelGroup, ...] = ()
+    namespace: bytes = b""  # of a scheduler: what keys.request_namespace starts from; 32 bytes, or empty if not told
 
 
 class Lookup(Message, frozen=True, tag="lookup"):
@@ -123,7 +124,39 @@ class Clear(Message, frozen=True, tag="clear"):
     """Drop every entry that no lease or reservation holds (service process only)."""
 
 
-Request = Hello | Register | Lookup | Release | Reserve | Commit | Abort | Ping | Bye | Snapshot | Clear
+class Peek(Message, frozen=True, tag="peek"):
+    """Which of these chunks are held? Nothing is touched, leased or counted (service process only)."""
+
+    keys: bytes
+
+
+class Tenants(Message, frozen=True, tag="tenants"):
+    """The limits of tenants and the namespaces of engines (service process only)."""
+
+
+class Limit(Message, frozen=True, tag="limit"):
+    """Set or remove the limit of one tenant (service process only)."""
+
+    salt: str
+    limit_gb: float | None  # GB of 2**30 bytes; None removes it
+
+
+Request = (
+    Hello
+    | Register
+    | Lookup
+    | Release
+    | Reserve
+    | Commit
+    | Abort
+    | Ping
+    | Bye
+    | Snapshot
+    | Clear
+    | Peek
+    | Tenants
+    | Limit
+)
 
 
 # --- received by the client -------------------------------------------------------------------------------------------
@@ -183,7 +216,7 @@ class Committed(Message, frozen=True, tag="committed"):
 
 
 class Report(Message, frozen=True, tag="report", gc=True):
-    """Answer to Snapshot: a JSON document, shape in ``lmcache_cli.api``."""
+    """Answer to Snapshot and Tenants: a JSON document."""
 
     document: bytes
 
@@ -193,6 +226,18 @@ class Cleared(Message, frozen=True, tag="cleared"):
 
     num_entries: int
     num_kept: int  # held by a lease or a reservation
+
+
+class Held(Message, frozen=True, tag="held"):
+    """Answer to Peek: a byte a key, 1 where the chunk is held."""
+
+    states: bytes
+
+
+class Limited(Message, frozen=True, tag="limited"):
+    """Answer to Limit: whether the tenant had a limit before."""
+
+    existed: bool
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -212,7 +257,7 @@ REFUSED_BUSY = "busy"  # a limit is reached: see retry_ms
 REFUSED_LAYOUT = "layout"  # an extent of that size cannot be had from this pool
 REFUSED_INTERNAL = "internal"  # a fault of the server: nothing was changed for certain
 
-Reply = Welcome | Done | Pong | Found | Granted | Committed | Report | Cleared | Refused
+Reply = Welcome | Done | Pong | Found | Granted | Committed | Report | Cleared | Held | Limited | Refused
 
 
 # --- attach: one frame each way over a unix stream socket (4-byte little-endian length, msgpack) ----------------------

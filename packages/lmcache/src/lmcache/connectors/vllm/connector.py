@@ -26,6 +26,7 @@ from lmcache.connectors.vllm.scheduler import SchedulerHalf
 from lmcache.connectors.vllm.tensors import kernel_groups
 from lmcache.connectors.vllm.worker import WorkerHalf
 from lmcache.errors import LayoutError
+from lmcache.keys import namespace
 from lmcache.transfer.device import layout_of
 from lmcache.transfer.plan import CopyEngine
 from lmcache.wire.messages import Register
@@ -89,11 +90,14 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             # An identity that cannot be told (a vLLM whose insides have moved) is a reason not to cache, not to die.
             logger.exception("LMCache does not cache this engine: its identity cannot be told")
             return None
+        digest = namespace(fields)
         link = self._link(
-            "vllm scheduler", want_pool=False, registration=lambda chunk: self._register(chunk, "scheduler")
+            "vllm scheduler",
+            want_pool=False,
+            registration=lambda chunk: self._register(chunk, "scheduler", namespace=digest),
         )
         ranks = self._ranks
-        return SchedulerHalf(SchedulerSession(link), fields, self._block_tokens, ranks.world_size, ranks.num_workers)
+        return SchedulerHalf(SchedulerSession(link), digest, self._block_tokens, ranks.world_size, ranks.num_workers)
 
     def _set_failure_policy(self, policy: str) -> None:
         """vLLM's default ends a request whose load failed; a cache must never be the reason for that."""

@@ -154,13 +154,12 @@ def request_extras(request: Request, start: int, stop: int, first_feature: int) 
 
 
 def request_fields(request: Request) -> dict[str, Value]:
-    """Fields of the namespace that belong to the request: the tenant's salt, and its adapter's weights beyond their
-    path.
+    """Fields of the namespace that belong to the request beside its salt: its adapter's weights, beyond their path.
 
     Raises:
         Bypass: the adapter's weights cannot be known.
     """
-    fields: dict[str, Value] = {"salt": request.cache_salt or ""}
+    fields: dict[str, Value] = {}
     adapter = request.lora_request
     if adapter is not None:
         if getattr(adapter, "load_inplace", False):

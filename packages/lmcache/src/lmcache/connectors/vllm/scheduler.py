@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from lmcache.connectors.session import Prefix, SchedulerSession
 from lmcache.connectors.vllm.identity import Bypass
 from lmcache.connectors.vllm.metadata import Load, StepMetadata, StepReport, Store
 from lmcache.connectors.vllm.tracker import KeyChain, Tracker
-from lmcache.keys import Value
+from lmcache.keys import Value, namespace
 from lmcache.transfer.plan import NOT_WRITTEN
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class SchedulerHalf:
     """Decisions for one engine.
 
     Args:
-        engine_fields: the namespace's fields that all requests share.
+        engine_namespace: digest of what all requests share.
         block_tokens: tokens of an engine block.
         world_size: ranks that each hold a part of a chunk.
         num_workers: processes that report each job (more than ``world_size`` where ranks hold the same KV).
@@ -60,13 +60,13 @@ class SchedulerHalf:
     def __init__(
         self,
         session: SchedulerSession,
-        engine_fields: Mapping[str, Value],
+        engine_namespace: bytes,
         block_tokens: int,
         world_size: int,
         num_workers: int,
     ) -> None:
         self._session = session
-        self._engine_fields = dict(engine_fields)
+        self._engine_namespace = engine_namespace
         self._block_tokens = block_tokens
         self._world_size = world_size
         self._num_workers = num_workers
@@ -296,7 +296,8 @@ class SchedulerHalf:
     def reset(self) -> None:
         """vLLM was told that what is cached is no longer true of its weights: from now on this engine is another."""
         self._num_resets += 1
-        self._engine_fields["reset"] = (self._num_resets, time.time_ns())
+        again: dict[str, Value] = {"before": self._engine_namespace, "reset": (self._num_resets, time.time_ns())}
+        self._engine_namespace = namespace(again)
         for tracker in self._trackers.values():
             tracker.chain = None
             tracker.num_stored = 0
@@ -325,7 +326,7 @@ class SchedulerHalf:
             return None
         if tracker.chain is None or tracker.chain.chunk_tokens != chunk_tokens:
             try:
-                tracker.chain = KeyChain(tracker.request, self._engine_fields, chunk_tokens)
+                tracker.chain = KeyChain(tracker.request, self._engine_namespace, chunk_tokens)
             except Bypass as error:
                 self._bypass(tracker, error)
                 return None

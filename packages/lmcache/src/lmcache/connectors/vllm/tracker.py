@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lmcache.connectors.session import Prefix, Question
 from lmcache.connectors.vllm.identity import request_extras, request_fields
-from lmcache.keys import Value, extend, namespace
+from lmcache.keys import extend, request_namespace
 from lmcache.transfer._native import pack_tokens
 
 if TYPE_CHECKING:
@@ -22,11 +21,11 @@ class KeyChain:
         OverflowError: a token id that is none.
     """
 
-    def __init__(self, request: Request, engine_fields: Mapping[str, Value], chunk_tokens: int) -> None:
+    def __init__(self, request: Request, engine_namespace: bytes, chunk_tokens: int) -> None:
         self._request = request
         self.chunk_tokens = chunk_tokens
-        fields = {**engine_fields, **request_fields(request), "chunk_tokens": chunk_tokens}
-        self._parent = namespace(fields)
+        salt, fields = request.cache_salt or "", request_fields(request)
+        self._parent = request_namespace(engine_namespace, salt, fields, chunk_tokens)
         self._plain = not (request.mm_features or request.lora_request or request.prompt_embeds is not None)
         self._feature = 0
         self.keys: list[bytes] = []

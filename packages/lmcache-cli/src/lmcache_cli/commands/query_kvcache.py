@@ -1,0 +1,133 @@
+"""`lmcache query kvcache`: how much of a prompt does a cache server hold? One look-up; nothing is moved."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+
+import click
+
+from lmcache_cli import api
+from lmcache_cli.commands.base import ENGINE, KVCACHE, BaseCommand, UrlType, server_options
+from lmcache_cli.errors import CommandError, HttpFailure, UsageFault
+from lmcache_cli.render import Entry, Report, Section
+from lmcache_cli.target import Target
+
+TITLE = "Query KV Cache"
+WIDTH = 50
+TOKENS_MAX = 1 << 20
+KEYS = ("url", "prompt_tokens", "chunk_size")
+
+_TOKEN_IDS = re.compile(r"\s*\d+(?:[\s,]+\d+)*[\s,]*")
+
+
+@click.command("kvcache", cls=BaseCommand, title=TITLE, keys=KEYS, list_names=("models",))
+@server_options(KVCACHE)
+@click.option(
+    "--prompt", metavar="TEXT|-|@FILE", help="Prompt, tokenised by the engine; placeholders as in query engine."
+)
+@click.option("--token-ids", metavar="IDS|@FILE", help="Token ids instead: 1,2,3.")
+@click.option("--documents", metavar="NAME=PATH", multiple=True, help="File that {NAME} inserts; repeatable.")
+@click.option("--model", metavar="NAME", help="Only what engines that serve this model have stored.")
+@click.option("--cache-salt", default="", metavar="SALT", help="Tenant whose entries are looked up.")
+@click.option(
+    "--engine-url",
+    type=UrlType(),
+    default=ENGINE.url,
+    envvar=ENGINE.variable,
+    show_default=True,
+    show_envvar=True,
+    help="Engine that tokenises --prompt.",
+)
+def query_kvcache(
+    target: Target,
+    prompt: str | None,
+    token_ids: str | None,
+    documents: tuple[str, ...],
+    model: str | None,
+    cache_salt: str,
+    engine_url: str,
+) -> Report:
+    """Show how many tokens of a prompt an LMCache server holds, by chunk and tier, and for which model.
+
+    Text is taken as the engine's completions take it, special tokens included; a chat's template is not applied.
+    """
+    from lmcache_cli.client import CacheServer, Engine
+
+    if (prompt is None) == (token_ids is None):
+        raise UsageFault("give either --prompt or --token-ids")
+    if token_ids is not None:
+        tokens = _read_token_ids(token_ids)
+    else:
+        from lmcache_cli import prompts
+
+        text = prompts.expand(prompts.read(prompt or ""), documents)
+        with Engine(Target(engine_url, target.timeout_s, ENGINE.key())) as engine:
+            tokens = engine.tokenize(model or engine.first_model(), text, add_special_tokens=True).tokens
+    if len(tokens) > TOKENS_MAX:
+        raise UsageFault(f"{len(tokens)} tokens are more than one look-up takes ({TOKENS_MAX})")
+    with CacheServer(target) as server:
+        try:
+            reply = server.lookup(api.LookupRequest(tokens, model, cache_salt))
+        except HttpFailure as failure:
+            if failure.status in (404, 405) and "model" not in str(failure):
+                raise CommandError(f"{target.url} is a server that cannot look prompts up over HTTP") from failure
+            raise
+    return lookup_report(reply, target.url, len(tokens))
+
+
+def lookup_report(reply: api.LookupReply, url: str, num_tokens: int) -> Report:
+    """The report on one look-up."""
+    overview = [
+        Entry("url", "URL", url),
+        Entry("prompt_tokens", "Prompt tokens", num_tokens),
+        Entry("chunk_size", "Chunk size", reply.chunk_size),
+    ]
+    if not reply.models:
+        overview.append(Entry("note", "Models", None, text="none has been registered"))
+    sections = [Section(overview), *(_model(model, num_tokens) for model in reply.models)]
+    return Report(TITLE, WIDTH, sections, list_names=("models",))
+
+
+def _model(model: api.ModelPrefix, num_tokens: int) -> Section:
+    held = sum(chunk.tier is not None for chunk in model.chunks)
+    ratio = model.held_tokens / num_tokens if model.held_tokens is not None and num_tokens else None
+    text = None if ratio is None else f"{model.held_tokens} ({ratio:.1%})"
+    tiers = sorted({chunk.tier for chunk in model.chunks if chunk.tier is not None})
+    counts = {tier: sum(chunk.tier == tier for chunk in model.chunks) for tier in tiers}
+    entries = [
+        Entry("model", "Model", model.model_name),
+        Entry("engine", "Engine", model.engine),
+        Entry("world_size", "World size", model.world_size),
+        Entry("held_tokens", "Held tokens (prefix)", model.held_tokens, text=text),
+        Entry("held_ratio", None, ratio),
+        Entry("num_chunks", None, len(model.chunks)),
+        Entry("num_chunks_held", "Held chunks", held, text=f"{held} of {len(model.chunks)}"),
+        Entry("num_chunks_by_tier", None, counts),
+        Entry("chunk_map", "Chunks", _runs(chunk.tier for chunk in model.chunks) or None),
+        Entry("chunks", None, [api.to_json(chunk) for chunk in model.chunks]),
+    ]
+    return Section(entries, label=f"Model: {model.model_name or 'N/A'}", list_name="models")
+
+
+def _runs(tiers: Iterable[str | None]) -> str:
+    """`0-14 l1, 15 not held`."""
+    parts, first = [], 0
+    for tier, members in itertools.groupby(tiers):
+        last = first + len(list(members)) - 1
+        parts.append(f"{first if first == last else f'{first}-{last}'} {tier or 'not held'}")
+        first = last + 1
+    return ", ".join(parts)
+
+
+def _read_token_ids(text: str) -> list[int]:
+    from lmcache_cli import prompts
+
+    text = prompts.read(text)
+    if not _TOKEN_IDS.fullmatch(text):
+        raise UsageFault("--token-ids: expected numbers separated by commas or spaces")
+    tokens = [int(item) for item in re.findall(r"\d+", text)]
+    if max(tokens) >= 1 << 32:
+        raise UsageFault(f"--token-ids: {max(tokens)} is no token id")
+    return tokens

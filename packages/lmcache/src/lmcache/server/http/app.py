@@ -1,0 +1,114 @@
+"""The application, and the routes about the server as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from lmcache.server import exposition
+from lmcache.server.http import prefix, tenancy
+from lmcache.server.http.replies import Rejected, ask, read_body, read_object, reply
+from lmcache.server.link import CoreLink
+from lmcache.wire.messages import Clear, Cleared, Report, Snapshot
+from lmcache_cli import api
+
+TIERS = ("l1",)
+
+_CLEAR_BODY = {
+    "required": False,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "tier": {"type": "string", "enum": list(TIERS), "default": "l1"},
+                    "force": {"type": "boolean", "default": False},
+                },
+            }
+        }
+    },
+}
+
+
+def build_app(link: CoreLink, config: Mapping[str, object], chunk_tokens: int, version: str) -> FastAPI:
+    """The application. ``config`` is what ``/config`` shows: settings only, nothing of the environment."""
+    app = FastAPI(title="LMCache HTTP API", version=version, redoc_url=None)
+
+    @app.exception_handler(Rejected)
+    async def _reject(_: Request, rejected: Exception) -> Response:
+        assert isinstance(rejected, Rejected)
+        return reply({rejected.word: str(rejected)}, rejected.status)
+
+    _add_core_routes(app, link)
+    tenancy.add_routes(app, link)
+    prefix.add_routes(app, link, chunk_tokens)
+
+    @app.get(api.PATH_ROOT)
+    async def root() -> dict[str, str]:
+        """What answers here."""
+        return {"status": "ok", "service": "LMCache HTTP API"}
+
+    @app.get(api.PATH_VERSION)
+    async def software_version() -> str:
+        """Version of the server's package."""
+        return version
+
+    @app.get(api.PATH_CONFIG)
+    async def settings() -> dict[str, Any]:
+        """The settings the server runs with."""
+        return dict(config)
+
+    return app
+
+
+def _add_core_routes(app: FastAPI, link: CoreLink) -> None:
+    unhealthy: dict[int | str, dict[str, Any]] = {503: {"model": api.Health}}
+
+    @app.get(api.PATH_HEALTH, response_model=api.Health, responses=unhealthy)
+    async def healthcheck() -> Response:
+        """Whether a real message went through the core within the last second."""
+        reason = await link.illness()
+        if reason is not None:
+            return reply(api.to_json(api.Health("unhealthy", reason)), 503)
+        return reply({"status": "healthy"})
+
+    @app.get(api.PATH_STATUS, response_model=api.Status)
+    async def status() -> Response:
+        """State of the core, the pool and the registered engines."""
+        return reply((await _snapshot(link))["status"])
+
+    @app.get(api.PATH_METRICS)
+    async def metrics() -> Response:
+        """Counters and gauges as Prometheus text."""
+        document = await _snapshot(link)
+        text = exposition.render(document["counters"], document["gauges"])
+        return Response(text, media_type=exposition.CONTENT_TYPE)
+
+    @app.post(api.PATH_CLEAR, response_model=api.ClearReply, openapi_extra={"requestBody": _CLEAR_BODY})
+    async def clear(request: Request) -> Response:
+        """Drop every entry that no lease or reservation holds."""
+        wanted = _clear_request(await read_body(request))
+        done = await ask(link.ask, Clear(0), Cleared)
+        cleared = api.Cleared(wanted.tier, done.num_entries, done.num_kept)
+        return reply(api.to_json(api.ClearReply("ok", cleared)))
+
+
+async def _snapshot(link: CoreLink) -> dict[str, Any]:
+    report = await ask(link.ask, Snapshot(0), Report)
+    document: dict[str, Any] = json.loads(report.document)
+    return document
+
+
+def _clear_request(body: bytes) -> api.ClearRequest:
+    if not body:
+        return api.ClearRequest()
+    document = read_object(body)
+    tier = document.get("tier", "l1")
+    if tier not in TIERS:
+        raise Rejected(400, f"tier {tier!r} not supported; only 'l1'")
+    if not isinstance(document.get("force", False), bool):
+        raise Rejected(422, "force must be true or false")
+    return api.ClearRequest(tier=tier, force=document.get("force", False))

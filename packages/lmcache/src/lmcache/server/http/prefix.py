@@ -1,0 +1,100 @@
+"""/cache/lookup: which chunks of a prompt are held, for which model. Nothing is moved, kept or counted by asking."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from lmcache.keys import extend, pack_tokens, request_namespace
+from lmcache.server.http.replies import Rejected, ask, read_body, read_object, reply
+from lmcache.server.link import CoreLink
+from lmcache.server.tenants import SALT_BYTES_MAX
+from lmcache.wire.messages import KEYS_MAX, Held, Peek, Report, Tenants
+from lmcache_cli import api
+
+LOOKUP_BYTES_MAX = 16 << 20
+PLACES_MAX = 65_536
+TIER = "l1"
+
+_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["token_ids"],
+                "properties": {
+                    "token_ids": {
+                        "type": "array",
+                        "items": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1},
+                    },
+                    "model_name": {"type": ["string", "null"]},
+                    "cache_salt": {"type": "string", "default": ""},
+                },
+            }
+        }
+    },
+}
+
+
+def add_routes(app: FastAPI, link: CoreLink, chunk_tokens: int) -> None:
+    """Add the one route."""
+
+    @app.post(api.PATH_LOOKUP, response_model=api.LookupReply, openapi_extra={"requestBody": _BODY})
+    async def lookup(request: Request) -> Response:
+        """Which whole chunks of these tokens are held, for every model whose engine has registered."""
+        body = await read_body(request, LOOKUP_BYTES_MAX)
+        # Long prompts take many milliseconds at each step, and others are being served.
+        asked = await asyncio.to_thread(lambda: _read(read_object(body), chunk_tokens))
+        report = await ask(link.ask, Tenants(0), Report)
+        known: list[dict[str, Any]] = json.loads(report.document)["known"]
+        if asked.model_name is not None:
+            names = sorted({item["model"] for item in known})
+            known = [item for item in known if item["model"] == asked.model_name]
+            if not known:
+                met = f"it has met {', '.join(names)}" if names else "it has met none"
+                raise Rejected(404, f"no engine with the model {asked.model_name} has registered here: {met}")
+        if len(known) * (len(asked.token_ids) // chunk_tokens) > PLACES_MAX:
+            raise Rejected(
+                422,
+                f"an answer lists at most {PLACES_MAX} chunks, of all models together: name a model, or ask for less",
+            )
+        packed = await asyncio.to_thread(pack_tokens, asked.token_ids)
+        models = [await _prefix(link, item, packed, asked.cache_salt, chunk_tokens) for item in known]
+        found = api.LookupReply(chunk_tokens, len(asked.token_ids), models)
+        return await asyncio.to_thread(lambda: reply(api.to_json(found)))
+
+
+async def _prefix(
+    link: CoreLink, known: dict[str, Any], packed: bytes, salt: str, chunk_tokens: int
+) -> api.ModelPrefix:
+    parent = request_namespace(bytes.fromhex(known["namespace"]), salt, {}, chunk_tokens)
+    keys = await asyncio.to_thread(extend, parent, packed, chunk_tokens)
+    states = b""
+    if keys:
+        assert len(keys) <= KEYS_MAX
+        states = (await ask(link.ask, Peek(0, b"".join(keys)), Held)).states
+    chunks = [
+        api.ChunkPlace(index, index * chunk_tokens, chunk_tokens, TIER if state else None)
+        for index, state in enumerate(states)
+    ]
+    num_held = len(states) - len(states.lstrip(b"\1"))
+    return api.ModelPrefix(known["model"], known["engine"], known["world_size"], num_held * chunk_tokens, chunks)
+
+
+def _read(document: dict[str, Any], chunk_tokens: int) -> api.LookupRequest:
+    tokens, model, salt = document.get("token_ids"), document.get("model_name"), document.get("cache_salt", "")
+    if not isinstance(tokens, list) or not tokens:
+        raise Rejected(422, "token_ids must be a list of at least one token id")
+    if len(tokens) > KEYS_MAX * chunk_tokens:
+        raise Rejected(413, f"a look-up takes at most {KEYS_MAX * chunk_tokens} tokens")
+    if not all(type(token) is int and 0 <= token < 1 << 32 for token in tokens):
+        raise Rejected(422, "token_ids must be whole numbers from 0 to 4294967295")
+    if model is not None and not isinstance(model, str):
+        raise Rejected(422, "model_name must be a text or null")
+    if not isinstance(salt, str) or len(salt.encode("utf-8", "replace")) > SALT_BYTES_MAX:
+        raise Rejected(422, f"cache_salt must be a text of at most {SALT_BYTES_MAX} bytes")
+    return api.LookupRequest(tokens, model, salt)

@@ -1,0 +1,82 @@
+"""What all routes share: asking the core, reading a body within limits, answering in JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+
+from lmcache.errors import PeerRefused, PeerSilent
+from lmcache.wire.messages import REFUSED_BUSY
+
+BODY_BYTES_MAX = 64 << 10
+
+T = TypeVar("T")
+
+
+class Rejected(Exception):
+    """The request cannot be carried out: the status and the one sentence of its answer.
+
+    Attributes:
+        word: key of the sentence in the answer; upstream's clients look for `error` under some paths.
+    """
+
+    def __init__(self, status: int, detail: str, word: str = "detail") -> None:
+        super().__init__(detail)
+        self.status = status
+        self.word = word
+
+
+async def ask(link_ask: Callable[[Any], Awaitable[Any]], request: object, kind: type[T], word: str = "detail") -> T:
+    """The core's answer to ``request``, which must be a ``kind``.
+
+    Raises:
+        Rejected: 409 at a limit of the core, 503 without an answer, 502 for an answer to another question.
+    """
+    try:
+        reply = await link_ask(request)
+    except PeerRefused as error:
+        if error.code == REFUSED_BUSY:
+            raise Rejected(409, str(error), word) from None
+        raise Rejected(503, f"refused by the core: {error}", word) from None
+    except PeerSilent as error:
+        raise Rejected(503, f"no answer from the core: {error}", word) from None
+    if not isinstance(reply, kind):
+        raise Rejected(502, "the core gave an answer to another question", word)
+    return reply
+
+
+async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> bytes:
+    """The whole body.
+
+    Raises:
+        Rejected: it is longer than ``bytes_max``.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > bytes_max:
+            raise Rejected(413, f"a body has at most {bytes_max} bytes")
+    return bytes(body)
+
+
+def read_object(body: bytes, word: str = "detail") -> dict[str, Any]:
+    """A body as a JSON object.
+
+    Raises:
+        Rejected: it is none.
+    """
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Rejected(400, "the body is not valid JSON", word) from None
+    if not isinstance(document, dict):
+        raise Rejected(400 if word == "error" else 422, "the body must be a JSON object", word)
+    return document
+
+
+def reply(value: object, status: int = 200) -> Response:
+    """``value`` as JSON."""
+    return Response(json.dumps(value), status, media_type="application/json")

@@ -1,0 +1,75 @@
+"""What the core keeps for the HTTP API alone: limits of tenants, and how the keys of each engine begin.
+
+Both live as long as the core: a restart of the service process loses nothing, a restart of the server forgets them.
+Limits are recorded and shown; nothing enforces them yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+
+LIMITS_MAX = 1024
+SALT_BYTES_MAX = 256
+SALTS_BYTES_MAX = 256 << 10
+"""Bytes of all salts with a limit, as JSON: everything that is kept here must fit into one frame."""
+
+NAMESPACES_MAX = 64
+
+
+@dataclass(frozen=True)
+class Known:
+    """An engine that registered at some time; ``namespace`` is the hex form of what its requests' keys start from."""
+
+    model: str
+    engine: str
+    world_size: int
+    namespace: str
+
+
+class TooMany(Exception):
+    """No further tenant fits."""
+
+
+class Tenants:
+    """Limits by salt, and namespaces in the order of their last registration."""
+
+    def __init__(self) -> None:
+        self._limits_gb: dict[str, float] = {}
+        self._salts_bytes = 0
+        self._known: OrderedDict[Known, None] = OrderedDict()
+
+    def limit(self, salt: str, limit_gb: float | None) -> bool:
+        """Set a limit, or remove it (None); returns whether there was one.
+
+        Raises:
+            TooMany: ``LIMITS_MAX`` tenants have one already, or their salts are too long together.
+        """
+        existed = salt in self._limits_gb
+        salt_bytes = len(_encode(salt))
+        if limit_gb is None:
+            self._salts_bytes -= salt_bytes if existed else 0
+            self._limits_gb.pop(salt, None)
+            return existed
+        if not existed:
+            if len(self._limits_gb) >= LIMITS_MAX or self._salts_bytes + salt_bytes > SALTS_BYTES_MAX:
+                raise TooMany(f"{len(self._limits_gb)} tenants have a limit, and no more fit: remove one first")
+            self._salts_bytes += salt_bytes
+        self._limits_gb[salt] = limit_gb
+        return existed
+
+    def meet(self, known: Known) -> None:
+        """An engine registered; beyond ``NAMESPACES_MAX`` the one that is longest ago is forgotten."""
+        self._known[known] = None
+        self._known.move_to_end(known)
+        if len(self._known) > NAMESPACES_MAX:
+            self._known.popitem(last=False)
+
+    def document(self) -> bytes:
+        """JSON: {"limits_gb": {salt: number}, "known": [Known, newest first]}."""
+        return _encode({"limits_gb": self._limits_gb, "known": [asdict(item) for item in reversed(self._known)]})
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
