@@ -92,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET: Callable[..., None] = _handle
     do_POST: Callable[..., None] = _handle
+    do_PUT: Callable[..., None] = _handle
+    do_DELETE: Callable[..., None] = _handle
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: stderr belongs to the command under test."""

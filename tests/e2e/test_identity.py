@@ -149,7 +149,7 @@ def image(identifier: str, offset: int = 10) -> MultiModalFeatureSpec:
 
 def last_key(of: Request, chunk_tokens: int = 256) -> bytes:
     """Key of the last whole chunk."""
-    return KeyChain(of, {"engine": "test"}, chunk_tokens).upto(of.num_tokens)[-1]
+    return KeyChain(of, namespace({"engine": "test"}), chunk_tokens).upto(of.num_tokens)[-1]
 
 
 def adapter_at(folder: Path, value: float, number: int) -> LoRARequest:
@@ -185,9 +185,9 @@ def test_requests_that_differ_beside_their_tokens_have_other_keys(tmp_path: Path
 
 def test_a_prefix_has_the_keys_of_the_longer_prompt_and_generated_tokens_extend_them() -> None:
     tokens = prompt(2, 1024)
-    whole = KeyChain(request(tokens), {}, 256).upto(1024)
+    whole = KeyChain(request(tokens), namespace({}), 256).upto(1024)
     shorter = request(tokens[:700])
-    chain = KeyChain(shorter, {}, 256)
+    chain = KeyChain(shorter, namespace({}), 256)
     assert chain.upto(700) == whole[:2]
     shorter.append_output_token_ids(tokens[700:])
     assert chain.upto(1024) == whole

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import grp
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from textwrap import dedent
 
@@ -15,6 +17,7 @@ import pytest
 from server_running import EXTENT_BYTES, WAIT_S, Engines, Server, eventually, key, running
 
 from lmcache.errors import PeerRefused
+from lmcache.keys import extend, pack_tokens, request_namespace
 from lmcache.wire import messages as m
 from lmcache.wire.peer import Client
 
@@ -249,3 +252,21 @@ def test_another_user_attaches_only_as_a_member_of_the_attach_group(own: Server)
         with running(folder, "--attach-group", group.gr_name) as server:
             assert as_nobody(server, group.gr_gid).returncode == 0
             assert as_nobody(server).returncode == 1
+
+
+def test_an_engine_that_becomes_another_keeps_its_leases_and_is_known_by_its_new_namespace(
+    own: Server, engines: Engines
+) -> None:
+    worker, scheduler = engines(own), engines(own, register=False)
+    first, second = (sha256(name).digest() for name in (b"before", b"after"))
+    for digest in (first, second):
+        scheduler.call(m.Register(0, "scheduler", "tiny", "mock 1", 0, 1, 0, namespace=digest))
+        chunk = extend(request_namespace(digest, "", {}, 256), pack_tokens([7] * 256), 256)[0]
+        granted = worker.call(m.Reserve(0, keys=chunk))
+        worker.call(m.Commit(0, ticket=granted.ticket, checksums=bytes(8)))
+        found = scheduler.call(m.Lookup(0, keys=chunk))
+        answer = own.ask("/cache/lookup", json.dumps({"token_ids": [7] * 256}).encode())[1]
+        assert [model["held_tokens"] for model in answer["models"]] == [256]
+        if digest == first:
+            lease = found.lease
+    assert isinstance(scheduler.call(m.Release(0, lease=lease)), m.Done)

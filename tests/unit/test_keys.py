@@ -70,3 +70,16 @@ def test_the_seed_of_a_checksum_differs_by_key_and_rank() -> None:
     seeds = {keys.checksum_seed(key, rank) for key in (one, other) for rank in (0, 1)}
     assert len(seeds) == 4
     assert keys.checksum_seed(b"\xff" * 32, 1) == 0
+
+
+def test_the_start_of_a_request_depends_on_engine_salt_chunk_size_and_adapter() -> None:
+    engine, other = keys.namespace({"a": 1}), keys.namespace({"a": 2})
+    starts = [
+        keys.request_namespace(engine, "", {}, 256),
+        keys.request_namespace(other, "", {}, 256),
+        keys.request_namespace(engine, "tenant", {}, 256),
+        keys.request_namespace(engine, "", {}, 128),
+        keys.request_namespace(engine, "", {"adapter": ("x", "/x", "digest")}, 256),
+    ]
+    assert len(set(starts)) == len(starts)
+    assert starts[0] == keys.request_namespace(engine, "", {}, 256)

@@ -140,7 +140,8 @@ def _asked_for_json(words: list[str]) -> bool:
     """Whether the command line asks for JSON on stdout, as far as that can be told of one that cannot be parsed."""
     forms = [b for a, b in itertools.pairwise(words) if a == "--format"]
     forms += [word.removeprefix("--format=") for word in words if word.startswith("--format=")]
-    return forms[-1:] == ["json"] and not {"-q", "--quiet"} & set(words)
+    is_silent = bool({"-q", "--quiet"} & set(words)) and words[:1] != ["bench"]  # there it hides progress alone
+    return forms[-1:] == ["json"] and not is_silent
 
 
 def _silence_stdout() -> None:

@@ -12,7 +12,8 @@ from lmcache_cli.errors import CommandError, UsageFault
 
 
 class OutputFile:
-    """The file of `--output`. Created before the work starts, so that an unwritable path costs no request.
+    """The file of `--output`, or of another ``flag``. Created before the work starts, so that an unwritable path costs
+    no request.
 
     Nothing is left behind while the work runs: the place is tried out, and written only when the text is there (into a
     temporary file beside the target, which is then renamed over it). Devices and pipes are written directly.
@@ -21,9 +22,9 @@ class OutputFile:
         UsageFault: the path cannot be written.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, flag: str = "--output") -> None:
         self._path = os.path.realpath(path)
-        self._name = path
+        self._name = f"{flag} {path}"
         try:
             if self._is_plain():
                 if os.path.exists(self._path) and not os.access(self._path, os.W_OK):
@@ -32,7 +33,7 @@ class OutputFile:
             elif os.path.isdir(self._path):
                 raise IsADirectoryError(None, "Is a directory")
         except (OSError, ValueError) as error:
-            raise UsageFault(f"cannot write --output {path}: {_reason(error)}") from error
+            raise UsageFault(f"cannot write {self._name}: {_reason(error)}") from error
 
     def write(self, text: str) -> None:
         """Replace the file's content with ``text``.
@@ -53,7 +54,7 @@ class OutputFile:
                 with open(self._path, "wb") as file:
                     file.write(data)
         except OSError as error:
-            raise CommandError(f"cannot write --output {self._name}: {_reason(error)}") from error
+            raise CommandError(f"cannot write {self._name}: {_reason(error)}") from error
 
     def _is_plain(self) -> bool:
         return os.path.isfile(self._path) or not os.path.exists(self._path)

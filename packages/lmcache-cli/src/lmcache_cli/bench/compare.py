@@ -27,6 +27,7 @@ METRICS = {
     "e2e": "End-to-End Latency (ms)",
 }
 KEYS = ("a", "b", "pairs", "threshold_percent", *(f"{metric}_ms" for metric in METRICS), "throughput", "is_worse")
+LIST_NAMES = ("notes",)
 
 _WIDTH = 64
 _RESAMPLES_MAX = 10_000
@@ -130,7 +131,7 @@ def report(result: Mapping[str, Any]) -> Report:
             for index, note in enumerate(result["notes"])
         ),
     ]
-    return Report(_TITLE, _WIDTH, sections, ("notes",), _failure(result))
+    return Report(_TITLE, _WIDTH, sections, LIST_NAMES, _failure(result))
 
 
 def _check(a: StoredRun, b: StoredRun) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lmcache_cli import output
 from lmcache_cli.bench import config
-from lmcache_cli.errors import CommandError, UsageFault
+from lmcache_cli.errors import UsageFault
 
 FILE_BYTES_MAX = 1 << 20
 VERSION = 1
@@ -55,25 +55,16 @@ class Export:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._file = _renamed(lambda: output.OutputFile(path), path)
+        self._file = output.OutputFile(path, "--export-config")
 
     def write(self, settled: config.Config) -> None:
         """Write it, as a whole or not at all; addresses are left out, since they belong to a place and not to a test.
 
         Raises:
-            UsageFault: it could not be written after all.
+            CommandError: it could not be written after all.
         """
         values = {key: value for key, value in settled.as_file().items() if key not in NOT_EXPORTED}
-        _renamed(lambda: self._file.write(json.dumps(values, indent=2, ensure_ascii=True) + "\n"), self.path)
-
-
-def _renamed(action: Any, path: str) -> Any:
-    """``action()``, whose errors name the flag of another file."""
-    try:
-        return action()
-    except CommandError as error:
-        reason = str(error).removeprefix(f"cannot write --output {path}: ")
-        raise UsageFault(f"cannot write --export-config {path}: {reason}") from error
+        self._file.write(json.dumps(values, indent=2, ensure_ascii=True) + "\n")
 
 
 def _document(path: str) -> Mapping[str, Any]:

@@ -18,7 +18,11 @@ _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?")
 
 
 class HttpFault(Exception):
-    """What arrived is no HTTP response that can be read; the text says what is wrong with it."""
+    """The response cannot be read; the text says what is wrong with it."""
+
+
+class NotHttp(HttpFault):
+    """What arrived is no HTTP response at all."""
 
 
 def post(url: str, headers: Mapping[str, str], body: bytes) -> bytes:
@@ -31,8 +35,9 @@ def post(url: str, headers: Mapping[str, str], body: bytes) -> bytes:
         "Accept": "text/event-stream",
         "Accept-Encoding": "identity",
         "Connection": "close",
-        **headers,
     }
+    given = {name.lower() for name in headers}
+    fields = {**{name: value for name, value in fields.items() if name.lower() not in given}, **headers}
     lines = [f"POST {parts.path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
     return "\r\n".join(lines).encode("ascii") + body
 
@@ -75,7 +80,7 @@ class Response:
 
     def _read_head(self) -> bool:
         if not b"HTTP/1.".startswith(self._rest[:7]):
-            raise HttpFault("it does not begin as HTTP/1.1 does")
+            raise NotHttp("it does not begin as HTTP/1.1 does")
         head, blank, rest = self._rest.partition(b"\r\n\r\n")
         if len(head) > HEAD_BYTES_MAX:
             raise HttpFault(f"its head is longer than {HEAD_BYTES_MAX >> 10} KiB")

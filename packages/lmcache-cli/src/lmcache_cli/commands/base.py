@@ -153,7 +153,7 @@ class BaseCommand(click.Command):
         while True:
             self._once(ctx, sink)
             next_s = max(next_s + period_s, time.monotonic())
-            time.sleep(next_s - time.monotonic())
+            time.sleep(max(0.0, next_s - time.monotonic()))
 
     def failure_report(self, error: CommandError) -> render.Report:
         """The document of a failure that left nothing to report: every metric is null."""

@@ -6,6 +6,7 @@ import math
 
 import click
 
+from lmcache_cli.bench.compare import KEYS, LIST_NAMES
 from lmcache_cli.commands.base import BaseCommand
 from lmcache_cli.render import Report
 
@@ -19,7 +20,7 @@ def _percent(ctx: click.Context, param: click.Parameter, value: float) -> float:
     raise click.BadParameter(f"expected a percentage from 0 to {_PERCENT_MAX:g}", ctx, param)
 
 
-@click.command("compare", cls=BaseCommand, title=TITLE)
+@click.command("compare", cls=BaseCommand, title=TITLE, keys=KEYS, list_names=LIST_NAMES)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option(

@@ -17,7 +17,7 @@ from lmcache_cli.target import Target
 TITLE = "Query KV Cache"
 WIDTH = 50
 TOKENS_MAX = 1 << 20
-KEYS = ("url", "prompt_tokens", "chunk_size")
+KEYS = ("url", "prompt_tokens", "chunk_size", "num_models")
 
 _TOKEN_IDS = re.compile(r"\s*\d+(?:[\s,]+\d+)*[\s,]*")
 
@@ -83,9 +83,8 @@ def lookup_report(reply: api.LookupReply, url: str, num_tokens: int) -> Report:
         Entry("url", "URL", url),
         Entry("prompt_tokens", "Prompt tokens", num_tokens),
         Entry("chunk_size", "Chunk size", reply.chunk_size),
+        Entry("num_models", "Models known", len(reply.models)),
     ]
-    if not reply.models:
-        overview.append(Entry("note", "Models", None, text="none has been registered"))
     sections = [Section(overview), *(_model(model, num_tokens) for model in reply.models)]
     return Report(TITLE, WIDTH, sections, list_names=("models",))
 

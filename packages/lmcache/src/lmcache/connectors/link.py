@@ -75,7 +75,7 @@ class Link:
         self._address = address
         self._name = name
         self._want_pool = want_pool
-        self._registration = registration
+        self.registration = registration
         self._line: Line | None = None
         self._lock = threading.Lock()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -180,7 +180,7 @@ class Link:
 
     def _attach(self) -> Line:
         welcome = self._ask()
-        registration = self._registration(welcome.chunk_tokens)
+        registration = self.registration(welcome.chunk_tokens)
         request = Attach(version=WIRE_VERSION, pid=os.getpid(), name=self._name, want_pool=self._want_pool)
         attachment = attach(welcome.attach_path, request, GREETING_S)
         client: Client | None = None

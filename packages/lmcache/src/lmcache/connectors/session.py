@@ -121,6 +121,15 @@ class SchedulerSession:
                 if question.answer is None:
                     self._release(line, reply.lease, ())
 
+    def register_again(self) -> None:
+        """Tell the server what this engine is from now on, by the link's registration; the answer is not waited for."""
+        line = self._refresh()
+        if line is not None:
+            try:
+                line.client.send(self._link.registration(line.chunk_tokens))
+            except PeerSilent as error:
+                self._drop(line, str(error))
+
     def close(self) -> None:
         """Detach; the server frees what this process held."""
         self._link.close()

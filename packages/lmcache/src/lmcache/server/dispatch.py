@@ -7,6 +7,8 @@ import sys
 from array import array
 from collections.abc import Callable
 
+import msgspec
+
 from lmcache.cache.extents import Extents
 from lmcache.cache.store import Cache
 from lmcache.errors import LayoutError
@@ -146,8 +148,12 @@ class Dispatcher:
             _demand(instance.writer_slot is not None, "a worker attaches with want_pool")
             Extents(self._cache.pool.total_bytes).size_class(request.extent_bytes)
         _demand(len(request.namespace) in (0, KEY_BYTES), f"namespace has {KEY_BYTES} bytes, or none")
-        if instance.registration is not None:
-            self._cache.drop_owner(instance.id)
+        former = instance.registration
+        if former is not None:
+            if former.namespace != request.namespace:
+                self._forget(instance, former.namespace)
+            if msgspec.structs.replace(former, id=request.id, namespace=request.namespace) != request:
+                self._cache.drop_owner(instance.id)
         instance.registration = request
         if request.namespace:
             self._tenants.meet(Known(*texts, request.world_size, request.namespace.hex()))
@@ -156,6 +162,12 @@ class Dispatcher:
             f"{_one_line(request.engine)}, model {_one_line(request.model)}, {request.extent_bytes} bytes a chunk"
         )
         return m.Done(request.id)
+
+    def _forget(self, instance: Instance, namespace: bytes) -> None:
+        """An engine says that it is another one now: nobody asks for what the former one stored, if no other does."""
+        others = (other.registration for other in self._sessions.instances() if other is not instance)
+        if not any(other is not None and other.namespace == namespace for other in others):
+            self._tenants.forget(namespace.hex())
 
     def _bye(self, instance: Instance, request: m.Bye) -> m.Reply:
         self._cache.drop_owner(instance.id)

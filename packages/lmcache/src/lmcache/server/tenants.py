@@ -66,6 +66,11 @@ class Tenants:
         if len(self._known) > NAMESPACES_MAX:
             self._known.popitem(last=False)
 
+    def forget(self, namespace: str) -> None:
+        """No engine is of this namespace any more, nor will be."""
+        for known in [known for known in self._known if known.namespace == namespace]:
+            del self._known[known]
+
     def document(self) -> bytes:
         """JSON: {"limits_gb": {salt: number}, "known": [Known, newest first]}."""
         return _encode({"limits_gb": self._limits_gb, "known": [asdict(item) for item in reversed(self._known)]})

@@ -60,7 +60,9 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Register(Message, frozen=True, tag="register", gc=True):
-    """What the engine process behind this connection stores: fixed for the life of its instance; again = replace."""
+    """What the engine process behind this connection is and stores.
+
+    Again = replace: everything it holds goes, unless only ``namespace`` differs (its weights have changed)."""
 
     role: str  # "scheduler" (looks up) | "worker" (copies)
     model: str

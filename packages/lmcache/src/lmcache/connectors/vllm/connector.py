@@ -90,14 +90,16 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             # An identity that cannot be told (a vLLM whose insides have moved) is a reason not to cache, not to die.
             logger.exception("LMCache does not cache this engine: its identity cannot be told")
             return None
-        digest = namespace(fields)
+        self._namespace = namespace(fields)
         link = self._link(
             "vllm scheduler",
             want_pool=False,
-            registration=lambda chunk: self._register(chunk, "scheduler", namespace=digest),
+            registration=lambda chunk: self._register(chunk, "scheduler", namespace=self._namespace),
         )
         ranks = self._ranks
-        return SchedulerHalf(SchedulerSession(link), digest, self._block_tokens, ranks.world_size, ranks.num_workers)
+        return SchedulerHalf(
+            SchedulerSession(link), self._namespace, self._block_tokens, ranks.world_size, ranks.num_workers
+        )
 
     def _set_failure_policy(self, policy: str) -> None:
         """vLLM's default ends a request whose load failed; a cache must never be the reason for that."""
@@ -136,7 +138,8 @@ class LMCacheMPConnector(KVConnectorBase_V1):
 
     def reset_cache(self) -> bool | None:
         if self._scheduler is not None:
-            self._scheduler.reset()
+            self._namespace = self._scheduler.reset()
+            self._scheduler.register_again()
         return True
 
     # --- worker's process ---------------------------------------------------------------------------------------------

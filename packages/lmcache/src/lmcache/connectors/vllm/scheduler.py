@@ -293,8 +293,9 @@ class SchedulerHalf:
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """vLLM was told that what is cached is no longer true of its weights: from now on this engine is another."""
+    def reset(self) -> bytes:
+        """vLLM was told that what is cached is no longer true of its weights: from now on this engine is another, of
+        the namespace returned."""
         self._num_resets += 1
         again: dict[str, Value] = {"before": self._engine_namespace, "reset": (self._num_resets, time.time_ns())}
         self._engine_namespace = namespace(again)
@@ -306,6 +307,11 @@ class SchedulerHalf:
             if tracker.question is not None:
                 self._session.cancel(tracker.question)
             tracker.prefix = tracker.question = None
+        return self._engine_namespace
+
+    def register_again(self) -> None:
+        """Tell the server of the namespace that ``reset`` returned."""
+        self._session.register_again()
 
     def close(self) -> None:
         """Detach."""
