@@ -45,10 +45,11 @@ def test_a_salt_is_taken_from_the_path_however_its_folder_is_spelt(own: Server) 
 
 
 def test_an_answer_that_would_list_too_many_chunks_is_refused(own: Server, engines: Engines) -> None:
-    engine = engines(own)
     for number in range(9):
         digest = os.urandom(32)
-        engine.call(m.Register(0, "scheduler", f"model {number}", "mock 1", 0, 1, 0, namespace=digest))
+        engines(own, register=False).call(
+            m.Register(0, "scheduler", f"model {number}", "mock 1", 0, 1, 0, namespace=digest)
+        )
     tokens = [1] * (8192 * 256)
     status, body = own.ask("/cache/lookup", json.dumps({"token_ids": tokens}).encode())
     assert status == 422

@@ -181,7 +181,9 @@ class Exchange(asyncio.BufferedProtocol):
         now_s = self._clock()
         left_s = self._progress_s + self._silence_s - now_s
         if left_s <= 0:
-            self._end(now_s, *_cause(failures.timed_out(self._url, self._silence_s)))
+            silent = failures.timed_out(self._url, self._silence_s)
+            message = f"{self._url} fell silent for {self._silence_s:g} s" if self._num_events else str(silent)
+            self._end(now_s, silent.code, message)
         else:
             self._watch = self._loop.call_later(left_s, self._check_silence)
 
