@@ -3,11 +3,11 @@
     python benchmarks/bench_truth.py [--json PATH] [--seconds 6] [--rounds 3]
 
 A scripted engine, a process of its own, notes CLOCK_MONOTONIC just before each write. The sender is the one that
-`bench engine` uses: ``load.drive`` over ``stream.measure``, closed loop, prompts of 4,000 words, 47 pieces a second in each
-stream; the display is the one that it shows, on a terminal that a third process reads. "In step": the engine writes to
-all streams at the same moments, as one that batches does; else each stream keeps its own time. Every text is checked
-to be the one that was written, and no time of arrival may lie before its writing. Runs on Linux, where
-``time.perf_counter`` is the same in all processes.
+`bench engine` uses: ``load.drive`` over ``stream.measure``, closed loop, prompts of 4,000 words, 47 pieces a second in
+each stream; the display is the one that it shows, on a terminal that a third process reads. "In step": the engine
+writes to all streams at the same moments, as one that batches does, so that a piece also waits for those before it;
+else each stream keeps its own time. Every text is checked to be the one that was written, and no time of arrival may
+lie before its writing. Runs on Linux, where ``time.perf_counter`` is the same in all processes.
 """
 
 from __future__ import annotations
@@ -83,14 +83,12 @@ def requests(number: int) -> list[Request]:
     """Each with its id as the prompt's first word."""
     source = random.Random(0)
     words = [f"word{index}" for index in range(1000)]
-    return [
-        Request(
-            f"r{index}",
-            [{"role": "user", "content": " ".join([f"r{index}", *source.choices(words, k=PROMPT_WORDS)])}],
-            PIECES,
-        )
-        for index in range(number)
-    ]
+
+    def request(index: int) -> Request:
+        text = " ".join([f"r{index}", *source.choices(words, k=PROMPT_WORDS)])
+        return Request(f"r{index}", [{"role": "user", "content": text}], PIECES)
+
+    return [request(index) for index in range(number)]
 
 
 def send_all(engine: ScriptedEngine, num_streams: int, number: int, has_display: bool) -> list[Outcome]:
@@ -198,7 +196,8 @@ def main() -> int:
     reached = True
     for num_streams, in_step, has_display in cases:
         same = [r for r in rows if (r["streams"], r["in_step"], r["display"]) == (num_streams, in_step, has_display)]
-        name = f"{num_streams} stream(s), {'in step' if in_step else 'each its own'}, display {'on' if has_display else 'off'}"
+        words = ["in step" if in_step else "each its own", f"display {'rich' if has_display else 'none'}"]
+        name = ", ".join([f"{num_streams} streams", *words])
         for key, bound in (("p50_ms", P50_MS_MAX), ("p99_ms", P99_MS_MAX)):
             value = common.spread([row[key] for row in same])["median"]
             reached = common.judge(f"{name}, {key[:3]}", value, bound, "ms") and reached

@@ -196,3 +196,4 @@ def test_poisson_arrivals_have_their_rate_and_are_not_even(seed: int, rate_per_s
 def test_a_burst_puts_all_of_a_second_at_its_start() -> None:
     assert list(itertools.islice(arrivals("burst", 3, 0), 7)) == [0, 0, 0, 1, 1, 1, 2]
     assert list(itertools.islice(arrivals("burst", 0.5, 0), 3)) == [0, 2, 4]
+    assert list(itertools.islice(arrivals("burst", 0.07, 0), 8))[7] == 100

@@ -23,4 +23,5 @@ def arrivals(kind: str, rate_per_s: float, seed: int) -> Iterator[float]:
             due_s += chance.expovariate(rate_per_s)
             yield due_s
     for index in itertools.count():
-        yield index / rate_per_s if kind == "constant" else float(math.floor(index / rate_per_s))
+        even_s = index / rate_per_s
+        yield even_s if kind == "constant" else float(math.floor(even_s + 1e-9))  # 7 / 0.07 is 99.99999999999999

@@ -34,7 +34,7 @@ class Exchange(asyncio.BufferedProtocol):
         self._url = url
         self._silence_s = silence_s
         self._clock = clock
-        self._buffer = bytearray(RECEIVE_BYTES)
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))  # a view: asyncio's TLS cuts it, and must not cut a copy
         self._response = http1.Response()
         self._events = sse.Events()
         self._num_events = 0
@@ -82,7 +82,7 @@ class Exchange(asyncio.BufferedProtocol):
             if self._transport is not None:
                 self._transport.abort()
 
-    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """As asyncio calls it: where to put what arrives."""
         return self._buffer
 
@@ -91,7 +91,7 @@ class Exchange(asyncio.BufferedProtocol):
         now_s = self._clock()
         self._num_bytes += nbytes
         try:
-            for piece in self._response.feed(bytes(memoryview(self._buffer)[:nbytes])):
+            for piece in self._response.feed(bytes(self._buffer[:nbytes])):
                 if not self.ended.done():
                     self._read_body(piece, now_s)
         except http1.NotHttp:
