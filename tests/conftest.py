@@ -1,12 +1,20 @@
-"""Where CI=true nothing may be skipped but what needs an accelerator: a skipped test there is a failed gate."""
+"""Where CI=true nothing may be skipped but what needs an accelerator: a skipped test there is a failed gate.
+
+A shell that starts the gates in the background has them ignore ctrl-C, and so would everything that a test starts to
+interrupt it: that is undone here.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 _skipped: list[str] = []
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _note(report: pytest.TestReport | pytest.CollectReport, keywords: object) -> None:
