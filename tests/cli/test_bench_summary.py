@@ -359,3 +359,16 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     file = place.path / rundir.REQUESTS
     file.write_bytes(file.read_bytes()[:-10])
     assert [o.request.id for o in load_run(str(place.path)).outcomes] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("cached", "noted"), [(99, True), (51, True), (50, False), (0, False), (None, False)])
+def test_first_requests_that_were_in_a_cache_already_are_not_passed_off_as_cold(
+    cached: int | None, noted: bool
+) -> None:
+    first = outcome("a", 1.0, [1.1], 1.2, is_first=True, cached_tokens=cached)
+    later = outcome("b", 1.0, [1.1], 1.2, cached_tokens=99)
+    for numbers in (
+        summary.summarise(bench_runs.run([first, later]), None),
+        summary.summarise(bench_runs.run([later], warmup=[first]), None),
+    ):
+        assert ("not_cold" in [note["code"] for note in numbers["notes"]]) == noted

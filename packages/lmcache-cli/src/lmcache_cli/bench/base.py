@@ -259,7 +259,6 @@ class Run:
         started_at: UTC, ISO 8601.
         warmup: outcomes before the clock started.
         outcomes: measured ones, in the order in which they ended.
-        ended_at: likewise, of the last byte.
         num_unsent: requests that were due and never sent: nothing was ready at their moment, the time was over, or the
             run was interrupted.
         server_before, server_after: hit counters of `--lmcache-url`, None without it.
@@ -272,7 +271,6 @@ class Run:
     plan: Plan
     started_at: str
     sizing: str
-    ended_at: str | None = None
     warmup: list[Outcome] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     pacing: Pacing = field(default_factory=Pacing)

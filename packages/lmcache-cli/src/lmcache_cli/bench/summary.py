@@ -21,11 +21,10 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-from lmcache_cli.bench.base import Outcome, Run
+from lmcache_cli.bench.base import CANCELLED, Outcome, Run
 from lmcache_cli.errors import UsageFault
 
 VERSION = 1
-CANCELLED = "cancelled"  # cause of a request that was in flight when the run was ended
 GOODPUT_METRICS = ("ttft", "tpot", "itl", "e2e")
 KEYS = (  # of the report in JSON, for the document of a run that could not be carried out
     *("version", "workload", "model", "started_at", "ended_at", "is_interrupted", "config", "plan", "pacing", "sizing"),
@@ -34,6 +33,9 @@ KEYS = (  # of the report in JSON, for the document of a run that could not be c
     *("goodput", "cache", "server"),
 )
 LIST_NAMES = ("failures", "notes")
+
+FOUND_COLD_MAX = 0.5
+"""Share of first-time prompts that may be cached: a system prompt that they share is, from the second one on."""
 
 STATISTICS = ("mean", "p50", "p90", "p99", "max")
 _BEHIND_RATIO = 0.95  # sent more slowly than this share of the schedule
@@ -165,7 +167,8 @@ def summarise(run: Run, goodput: Mapping[str, float] | None) -> dict[str, Any]:
         "server": _server(run),
         "failures": _failures(failed),
     }
-    return {**summary, "notes": _notes(summary)}
+    firsts = [o for o in (*run.warmup, *ok) if o.failure is None and o.request.is_first]
+    return {**summary, "notes": _notes(summary, firsts)}
 
 
 def this_host() -> dict[str, Any]:
@@ -285,8 +288,8 @@ def _failures(failed: Sequence[Outcome]) -> list[dict[str, Any]]:
     return [{"cause": cause, "num": num, "message": examples[cause]} for cause, num in counts.most_common()]
 
 
-def _notes(summary: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What a reader of the numbers has to know."""
+def _notes(summary: Mapping[str, Any], firsts: Sequence[Outcome]) -> list[dict[str, str]]:
+    """What a reader of the numbers has to know; ``firsts`` are the requests that nothing had been sent for before."""
     notes: dict[str, str] = {}
     num, rate = summary["num_requests"], summary["rate"]
     if summary["is_interrupted"]:
@@ -304,5 +307,10 @@ def _notes(summary: Mapping[str, Any]) -> list[dict[str, str]]:
     if summary["warmup"]["failed"]:
         notes["warmup_failed"] = (
             f"{summary['warmup']['failed']} requests of the warm-up failed: what they were to fill may have been cold"
+        )
+    if sum(o.cached_tokens or 0 for o in firsts) > FOUND_COLD_MAX * sum(o.prompt_tokens or 0 for o in firsts):
+        notes["not_cold"] = (
+            "most of what was sent for the first time was in a cache already, as after a run with the same seed: what "
+            "is called cold here was not"
         )
     return [{"code": code, "message": message} for code, message in notes.items()]
