@@ -140,4 +140,4 @@ def test_run_explains_itself_and_exits_2_when_it_is_not_told_what_to_do() -> Non
     for words in ([], ["something"]):
         answer = subprocess.run([str(ROOT / "run"), *words], capture_output=True, text=True, timeout=20)
         assert answer.returncode == 2
-        assert "usage: ./run demo | ./run test" in answer.stderr
+        assert "usage: ./run demo | ./run demo-vllm | ./run test" in answer.stderr
