@@ -192,6 +192,7 @@ def test_random_prompts_share_nothing() -> None:
     [
         ("prefix-suffix-tuner", 2000, {"psf_prefix_ratio": 0.99}),
         ("long-doc-qa", TOKENS_MAX + 120, {}),
+        ("long-doc-qa", 655_300, {"ldqa_query_per_document": 10_000, "ldqa_document_length": 10_000}),
         ("long-doc-permutator", None, {"ldp_context_length": 10_000_000, "ldp_num_contexts": 1000}),
     ],
 )
@@ -279,3 +280,9 @@ def test_where_they_cannot_be_known_the_flag_is_named(known: Any, said: str) -> 
     with pytest.raises(BenchError, match=said) as refused:
         budget.tokens_per_gb(status(*known), "m")
     assert "--tokens-per-gb-kvcache" in str(refused.value)
+
+
+def test_an_answer_that_was_all_reasoning_leaves_no_empty_message() -> None:
+    source = make("multi-round-chat", volume=1).source()
+    source.done(Outcome(source.take(), 0, 0, 1, text=""))
+    assert not any(message["content"] == "" for message in source.take().messages)

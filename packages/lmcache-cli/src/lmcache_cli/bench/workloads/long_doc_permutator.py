@@ -48,7 +48,7 @@ class LongDocPermutator:
         self._system = ""
         plan = self.plan()
         what = "lower --ldp-num-permutations or --ldp-context-length"
-        check_size(plan.distinct_tokens, self._num_requests, what)
+        check_size(plan.prompt_tokens or 0, self._num_requests, what)
 
     def plan(self) -> Plan:
         """As many orders as asked for, or as there are."""

@@ -41,7 +41,7 @@ class LongDocQA:
         self._num_documents = max(1, (volume_tokens or 0) // settings["ldqa_document_length"])
         self._documents: list[str] = []
         plan = self.plan()
-        check_size(plan.distinct_tokens, plan.num_requests or 0, "lower --kv-cache-volume")
+        check_size(plan.prompt_tokens or 0, plan.num_requests or 0, "lower --kv-cache-volume")
 
     def plan(self) -> Plan:
         """Each document is asked about so many times, after a warm-up that sends it once."""

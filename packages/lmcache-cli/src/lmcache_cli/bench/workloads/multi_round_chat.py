@@ -128,7 +128,7 @@ class Sessions:
         """The session is idle again."""
         session = self._busy.pop(outcome.request.id)
         self._is_busy[session] = False
-        if outcome.failure is None:
+        if outcome.failure is None and outcome.text:  # none where all of it was reasoning
             self._histories[session] += [outcome.request.messages[-1], _say("assistant", outcome.text)]
 
     @property
