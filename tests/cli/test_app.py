@@ -194,7 +194,7 @@ def test_a_command_that_cannot_be_loaded_is_one_line(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("words", ["ping kvcache", "describe kvcache", "query engine --prompt hi"])
+@pytest.mark.parametrize("words", ["ping kvcache", "describe kvcache", "describe engine", "query engine --prompt hi"])
 def test_ctrl_c_ends_silently_with_130(words: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -118,6 +118,10 @@ def test_token_ids_need_no_engine(lmcache: Run, tmp_path: Path) -> None:
         ("--token-ids", "one"),
         ("--token-ids", ""),
         ("--token-ids", "4294967296"),
+        ("--token-ids", "9" * 5000),
+        ("--token-ids", "1", "--cache-salt", "\udcff"),
+        ("--token-ids", "1", "--model", "\udcff"),
+        ("--prompt", "\udcff"),
     ],
 )
 def test_a_look_up_without_sense_asks_nobody(lmcache: Run, words: tuple[str, ...]) -> None:
@@ -159,7 +163,8 @@ def test_waiting_ends_when_the_server_is_there(lmcache: Run) -> None:
 def test_waiting_ends_when_the_time_is_over(lmcache: Run) -> None:
     ended = lmcache("ping", "kvcache", "--url", "127.0.0.1:1", "--wait", "0.5", "--format", "json")
     assert ended.status == 1
-    assert json.loads(ended.out)["error"]["code"] == "unreachable"
+    error = json.loads(ended.out)["error"]
+    assert (error["code"], "still so after waiting 0.5 s" in error["message"]) == ("unreachable", True)
 
 
 # --- completion
@@ -184,3 +189,44 @@ def test_bash_completes_our_words(process: Run, tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, env=environment)
     assert done.stdout.split("\n")[:2] == ["kvcache", "query quota"]
+
+
+# --- what the other side leaves open
+
+
+@pytest.mark.parametrize(
+    ("status", "shown", "exit_status", "code"),
+    [(404, None, 0, None), (401, None, 1, "http_401"), (500, "UNHEALTHY", 1, "unhealthy")],
+)
+def test_only_an_engine_that_says_so_is_unhealthy(
+    lmcache: Run, status: int, shown: str | None, exit_status: int, code: str | None
+) -> None:
+    with serve({**ENGINE, "/health": Answer(status)}) as server:
+        ended = lmcache("describe", "engine", "--url", server.url, "--format", "json")
+    document = json.loads(ended.out)
+    assert (ended.status, document["metrics"]["status"], document["metrics"]["model"]) == (exit_status, shown, "m")
+    assert document.get("error", {}).get("code") == code
+
+
+def test_an_engine_whose_health_check_breaks_off_is_still_described(lmcache: Run) -> None:
+    cut = Answer(pieces=(b"x",), headers={"Content-Length": "9"})
+    with serve({**ENGINE, "/health": cut}) as server:
+        ended = lmcache("describe", "engine", "--url", server.url, "--format", "json")
+    document = json.loads(ended.out)
+    assert (ended.status, document["metrics"]["status"], document["metrics"]["model"]) == (1, None, "m")
+    assert document["error"]["code"] == "unreachable"
+
+
+def test_chunks_that_a_server_does_not_list_are_not_counted_as_none(lmcache: Run) -> None:
+    reply = {"chunk_size": 2, "models": [{"model_name": "m", "held_tokens": 2}]}
+    with serve({"/cache/lookup": json_answer(reply)}) as server:
+        words = ("query", "kvcache", "--url", server.url, "--token-ids", "1,2,3,4")
+        assert "0 of 0" not in lmcache(*words).out
+        (model,) = json.loads(lmcache(*words, "--format", "json").out)["metrics"]["models"]
+    assert (model["num_chunks"], model["num_chunks_held"], model["num_chunks_by_tier"]) == (None, None, None)
+
+
+def test_an_answer_that_is_no_look_up_is_a_failure(lmcache: Run) -> None:
+    with serve({"/cache/lookup": json_answer({})}) as server:
+        ended = lmcache("query", "kvcache", "--url", server.url, "--token-ids", "1")
+    assert (ended.status, ended.out, "is no look-up" in ended.err) == (1, "", True)

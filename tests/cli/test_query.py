@@ -337,3 +337,40 @@ def test_repeating_shows_the_first_against_the_others(query: Run) -> None:
     assert shown["repeat"]["cold_ttft_ms"] == shown["runs"][0]["ttft_ms"] == shown["latency"]["ttft_ms"]
     others = [run["ttft_ms"] for run in shown["runs"][1:]]
     assert min(others) <= shown["repeat"]["warm_ttft_ms"] <= max(others)
+
+
+def test_an_engine_that_says_it_has_no_completions_is_asked_by_chat(query: Run) -> None:
+    refusal = json_answer({"error": {"message": "The model does not support Completions API", "code": 400}}, 400)
+    chat = event_stream(delta(content="yes"), USAGE)
+    ended, _asked = query({"/v1/completions": refusal, "/v1/chat/completions": chat})
+    assert (ended.status, metrics(ended)["answer"]) == (0, "yes")
+    ended, _ = query({"/v1/completions": refusal, "/v1/chat/completions": chat}, "--completions")
+    assert ended.status == 1
+
+
+def test_a_connection_that_breaks_after_the_finish_reason_is_a_failure(query: Run) -> None:
+    piece = b"data: " + json.dumps(text("a", "stop")).encode() + b"\n\n"
+    ended, _ = query({"/v1/completions": Answer(pieces=(piece,), headers={"Content-Length": "900"})})
+    assert (ended.status, json.loads(ended.out)["error"]["code"]) == (1, "cut_short")
+
+
+def test_runs_before_a_failed_one_are_not_lost(lmcache: Run) -> None:
+    with serve({"/v1/models": MODELS, "/v1/completions": GOOD}) as server:
+
+        class Counted(dict[str, Answer]):
+            def get(self, path: str, default: Any = None) -> Any:
+                num_asked = sum(asked.path == "/v1/completions" for asked in server.asked)
+                return json_answer({"detail": "boom"}, 500) if num_asked > 2 else super().get(path, default)
+
+        server.answers = Counted(server.answers)
+        words = ("query", "engine", "--url", server.url, "--prompt", "hi", "--repeat", "4", "--format", "json")
+        ended = lmcache(*words)
+    document = json.loads(ended.out)
+    assert (ended.status, document["error"]["code"], document["metrics"]["status"]) == (1, "http_500", "FAIL")
+    assert [run["output_tokens"] for run in document["metrics"]["runs"]] == [9, 9]
+
+
+@pytest.mark.parametrize("words", [("--prompt", "\udcff"), ("--prompt", "a", "--model", "\udcff")])
+def test_what_is_not_utf8_is_wrong_usage(lmcache: Run, words: tuple[str, ...]) -> None:
+    ended = lmcache("query", "engine", "--url", "127.0.0.1:1", *words)
+    assert (ended.status, ended.out, "is not UTF-8 text" in ended.err) == (2, "", True)

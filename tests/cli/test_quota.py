@@ -96,3 +96,9 @@ def test_the_servers_own_words_are_passed_on(lmcache: Run) -> None:
     with serve({"/quota/a": json_answer({"error": "limit_gb must be finite"}, 400)}) as server:
         ended = lmcache("quota", "set", "a", "--limit-gb", "1", "--url", server.url)
     assert (ended.status, "limit_gb must be finite" in ended.err) == (1, True)
+
+
+@pytest.mark.parametrize("words", [("get",), ("delete",), ("set", "--limit-gb", "1")])
+def test_a_salt_that_is_not_utf8_is_wrong_usage(lmcache: Run, words: tuple[str, ...]) -> None:
+    ended = lmcache("quota", *words, "\udcff", "--url", "127.0.0.1:1")
+    assert (ended.status, ended.out, "is not UTF-8 text" in ended.err) == (2, "", True)

@@ -61,3 +61,13 @@ def test_other_machines_are_reached_as_the_environment_says(monkeypatch: pytest.
     assert urls.proxy_for("http://host") == "http://any:2"
     monkeypatch.setenv("no_proxy", "host")
     assert urls.proxy_for("http://host") is None
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", ".a", "a" * 64 + ".example"])
+def test_a_name_that_no_resolver_takes_is_no_address(host: str) -> None:
+    with pytest.raises(ValueError, match="is not an address"):
+        urls.base_url(f"{host}:8080")
+
+
+def test_a_name_may_end_in_a_dot() -> None:
+    assert urls.base_url(f"{'a' * 63}.example.:80") == f"http://{'a' * 63}.example.:80"

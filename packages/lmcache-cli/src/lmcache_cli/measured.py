@@ -9,6 +9,7 @@ divide, the value is None.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from typing import Any
 from lmcache_cli import api
 from lmcache_cli.client import Engine
 from lmcache_cli.client.transport import count
-from lmcache_cli.errors import CutShort, HttpFailure
+from lmcache_cli.errors import CutShort, HttpFailure, Unreachable
 
 _REASONING_KEYS = ("reasoning_content", "reasoning")
+
+_NO_COMPLETIONS = re.compile(r"not support\b.*\bcompletions", re.IGNORECASE)
 
 Clock = Callable[[], float]
 Listener = Callable[[str], None]
@@ -71,7 +74,7 @@ def complete(
     """Send ``prompt`` and measure the streamed answer.
 
     Args:
-        endpoint: `completions` or `chat`; None: completions, or chat where an engine has none.
+        endpoint: `completions` or `chat`; None: completions, or chat where an engine has none, or says so.
         listener: gets every piece of the answer as it arrives.
 
     Raises:
@@ -88,10 +91,14 @@ def complete(
             body = {**request, "prompt": prompt}
             return _measure(engine, api.ENGINE_PATH_COMPLETIONS, body, listener, clock)
         except HttpFailure as failure:
-            if endpoint is not None or failure.status not in (404, 405):
+            if endpoint is not None or not _lacks_completions(failure):
                 raise
     messages = [{"role": "user", "content": prompt}]
     return _measure(engine, api.ENGINE_PATH_CHAT, {**request, "messages": messages}, listener, clock)
+
+
+def _lacks_completions(failure: HttpFailure) -> bool:
+    return failure.status in (404, 405) or (failure.status == 400 and bool(_NO_COMPLETIONS.search(str(failure))))
 
 
 def _measure(
@@ -116,8 +123,9 @@ def _measure(
                     listener(answer)
             if isinstance(event.get("usage"), Mapping):
                 usage = event["usage"]  # some engines send a running count; the last one is the sum
-    except CutShort:
-        if not is_finished:  # some engines end after the finish reason, without [DONE]
+    except CutShort as error:
+        # some engines end after the finish reason, without [DONE]; a connection that broke is no such end
+        if not is_finished or isinstance(error.__cause__, Unreachable):
             raise
     return Completion(
         model=str(request["model"]),

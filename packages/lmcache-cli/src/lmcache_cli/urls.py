@@ -6,6 +6,8 @@ import ipaddress
 import os
 from urllib.parse import urlsplit
 
+LABEL_BYTES_MAX = 63
+
 _PROXY_VARIABLES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
@@ -29,6 +31,9 @@ def base_url(text: str) -> str:
     except ValueError as error:
         raise ValueError(wrong) from error
     if parts.scheme.lower() not in ("http", "https") or not host or port == 0:
+        raise ValueError(wrong)
+    # resolvers encode names with IDNA, which knows no empty label and none above 63 bytes
+    if any(not 0 < len(label) <= LABEL_BYTES_MAX for label in host.removesuffix(".").split(".")):
         raise ValueError(wrong)
     if parts.query or parts.fragment or "@" in parts.netloc or parts.netloc.endswith(":"):
         raise ValueError(f"{wrong}: user names, queries and fragments have no place in it")

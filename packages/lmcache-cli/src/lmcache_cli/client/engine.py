@@ -12,7 +12,7 @@ import httpx
 
 from lmcache_cli import api, failures
 from lmcache_cli.client.transport import Service, bounded, count, translated
-from lmcache_cli.errors import BadAnswer, CutShort, HttpFailure, TimedOut, Unreachable
+from lmcache_cli.errors import BadAnswer, CutShort, TimedOut, Unreachable
 
 STREAM_BYTES_MAX = 256 << 20
 LINE_BYTES_MAX = 4 << 20
@@ -60,15 +60,13 @@ class Engine(Service):
             raise BadAnswer(f"{self._url} lists no models; name one with --model")
         return models[0]
 
-    def is_healthy(self) -> bool:
-        """GET /health: whether it answers 200."""
-        try:
-            self._answer("GET", api.ENGINE_PATH_HEALTH)
-        except Unreachable:
-            raise
-        except HttpFailure:
-            return False
-        return True
+    def health(self) -> None:
+        """GET /health.
+
+        Raises:
+            HttpFailure: it answers anything but 200.
+        """
+        self._answer("GET", api.ENGINE_PATH_HEALTH)
 
     def metrics(self) -> str:
         """GET /metrics: Prometheus text."""

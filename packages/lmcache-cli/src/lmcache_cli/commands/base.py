@@ -43,6 +43,15 @@ def seconds(ctx: click.Context, param: click.Parameter, value: float | None) -> 
     raise click.BadParameter(f"expected seconds above 0 and up to {SECONDS_MAX:g}", ctx, param)
 
 
+def utf8(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Callback of a text that is sent to a server: what the shell passed on must be UTF-8."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter("it is not UTF-8 text", ctx, param) from error
+    return value
+
+
 @dataclass(frozen=True)
 class Service:
     """One kind of server: where it is by default, and what authenticates us to it."""

@@ -68,10 +68,18 @@ def ping_report(title: str, target: Target, paths: tuple[str, ...], wait_s: floa
             round_trip_s = _first_answer(target, paths, None if wait_s is None else end_s)
         except ServerError as error:
             if time.monotonic() + RETRY_S >= end_s:
-                return failed(report(title, "FAIL", None), error)
+                return _gave_up(failed(report(title, "FAIL", None), error), wait_s)
         else:
             return report(title, "OK", round(round_trip_s * 1e3, 2))
         time.sleep(RETRY_S)
+
+
+def _gave_up(report: Report, wait_s: float | None) -> Report:
+    """``report``, whose failure says how long it was waited."""
+    if wait_s is None or report.failure is None:
+        return report
+    message = f"{report.failure.message} (still so after waiting {wait_s:g} s)"
+    return replace(report, failure=replace(report.failure, message=message))
 
 
 def _first_answer(target: Target, paths: tuple[str, ...], end_s: float | None) -> float:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lmcache_cli.commands.base import ENGINE, BaseCommand, server_options
+from lmcache_cli.commands.base import ENGINE, BaseCommand, failed, server_options, utf8
 from lmcache_cli.commands.query_kvcache import query_kvcache
+from lmcache_cli.errors import ServerError
 from lmcache_cli.groups import Group
 from lmcache_cli.render import Entry, Report, Section, one_line
 from lmcache_cli.target import Target
@@ -42,9 +43,10 @@ query.add_command(query_kvcache)
     "--prompt",
     required=True,
     metavar="TEXT|-|@FILE",
+    callback=utf8,
     help="Prompt; - reads it from stdin. {lmcache} inserts a text on LMCache, {NAME} a document; @@ is a literal @.",
 )
-@click.option("--model", metavar="ID", help="Model to ask.  [default: the first that the engine lists]")
+@click.option("--model", metavar="ID", callback=utf8, help="Model to ask.  [default: the first that the engine lists]")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to generate.")
 @click.option("--documents", metavar="NAME=PATH", multiple=True, help="File that {NAME} inserts; repeatable.")
 @click.option("--completions", "endpoint", flag_value="completions", help="Only /v1/completions.")
@@ -85,23 +87,33 @@ def query_engine(
     with Engine(target) as engine:
         model = engine.first_model() if model is None else model
         for _ in range(repeat):
-            runs.append(measured.complete(engine, model, text, max_tokens, endpoint, listener))
+            try:
+                runs.append(measured.complete(engine, model, text, max_tokens, endpoint, listener))
+            except ServerError as error:
+                if not runs:
+                    raise
+                return failed(completion_report(runs, is_failed=True), error)  # what was measured is not lost
             if listener is not None:
                 sys.stdout.write("\n")
     return completion_report(runs)
 
 
-def completion_report(runs: Sequence[Completion]) -> Report:
-    """The report on one completion, or on several of the same prompt: the first against the median of the others."""
+def completion_report(runs: Sequence[Completion], is_failed: bool = False) -> Report:
+    """The report on one completion, or on several of the same prompt: the first against the median of the others.
+
+    Args:
+        is_failed: whether a later run failed.
+    """
     first = runs[0]
     request = [
+        *([Entry("status", "Status", "FAIL")] if is_failed else []),
         Entry("model", "Model", first.model),
         Entry("prompt_tokens", "Input tokens", first.prompt_tokens),
         Entry("cached_tokens", None if first.cached_tokens is None else "Cached tokens", first.cached_tokens),
     ]
     sections = [Section(request), Section(_latency(first), label="Latency Metrics")]
     sections.append(Section([Entry("answer", None, first.answer)]))
-    if len(runs) > 1:
+    if len(runs) > 1 or is_failed:
         sections.append(_cold_and_warm(first, runs[1:]))
         sections += [Section([*_run(done)], list_name="runs") for done in runs]
     return Report(TITLE, WIDTH, sections)

@@ -9,14 +9,15 @@ from collections.abc import Iterable
 import click
 
 from lmcache_cli import api
-from lmcache_cli.commands.base import ENGINE, KVCACHE, BaseCommand, UrlType, server_options
-from lmcache_cli.errors import CommandError, HttpFailure, UsageFault
+from lmcache_cli.commands.base import ENGINE, KVCACHE, BaseCommand, UrlType, server_options, utf8
+from lmcache_cli.errors import BadAnswer, CommandError, HttpFailure, UsageFault
 from lmcache_cli.render import Entry, Report, Section
 from lmcache_cli.target import Target
 
 TITLE = "Query KV Cache"
 WIDTH = 50
 TOKENS_MAX = 1 << 20
+ID_DIGITS_MAX = 20
 KEYS = ("url", "prompt_tokens", "chunk_size", "num_models")
 
 _TOKEN_IDS = re.compile(r"\s*\d+(?:[\s,]+\d+)*[\s,]*")
@@ -25,12 +26,15 @@ _TOKEN_IDS = re.compile(r"\s*\d+(?:[\s,]+\d+)*[\s,]*")
 @click.command("kvcache", cls=BaseCommand, title=TITLE, keys=KEYS, list_names=("models",))
 @server_options(KVCACHE)
 @click.option(
-    "--prompt", metavar="TEXT|-|@FILE", help="Prompt, tokenised by the engine; placeholders as in query engine."
+    "--prompt",
+    metavar="TEXT|-|@FILE",
+    callback=utf8,
+    help="Prompt, tokenised by the engine; placeholders as in query engine.",
 )
 @click.option("--token-ids", metavar="IDS|@FILE", help="Token ids instead: 1,2,3.")
 @click.option("--documents", metavar="NAME=PATH", multiple=True, help="File that {NAME} inserts; repeatable.")
-@click.option("--model", metavar="NAME", help="Only what engines that serve this model have stored.")
-@click.option("--cache-salt", default="", metavar="SALT", help="Tenant whose entries are looked up.")
+@click.option("--model", metavar="NAME", callback=utf8, help="Only what engines that serve this model have stored.")
+@click.option("--cache-salt", default="", metavar="SALT", callback=utf8, help="Tenant whose entries are looked up.")
 @click.option(
     "--engine-url",
     type=UrlType(),
@@ -74,6 +78,8 @@ def query_kvcache(
             if failure.status in (404, 405) and "model" not in str(failure):
                 raise CommandError(f"{target.url} is a server that cannot look prompts up over HTTP") from failure
             raise
+    if reply.chunk_size is None:
+        raise BadAnswer(f"what {target.url}{api.PATH_LOOKUP} answers is no look-up")
     return lookup_report(reply, target.url, len(tokens))
 
 
@@ -85,25 +91,28 @@ def lookup_report(reply: api.LookupReply, url: str, num_tokens: int) -> Report:
         Entry("chunk_size", "Chunk size", reply.chunk_size),
         Entry("num_models", "Models known", len(reply.models)),
     ]
-    sections = [Section(overview), *(_model(model, num_tokens) for model in reply.models)]
+    sections = [Section(overview), *(_model(model, num_tokens, reply.chunk_size) for model in reply.models)]
     return Report(TITLE, WIDTH, sections, list_names=("models",))
 
 
-def _model(model: api.ModelPrefix, num_tokens: int) -> Section:
+def _model(model: api.ModelPrefix, num_tokens: int, chunk_size: int | None) -> Section:
+    # a server that lists no chunks of a prompt that has some does not say where they lie
+    is_listed = bool(model.chunks) or (chunk_size is not None and num_tokens < chunk_size)
     held = sum(chunk.tier is not None for chunk in model.chunks)
     ratio = model.held_tokens / num_tokens if model.held_tokens is not None and num_tokens else None
     text = None if ratio is None else f"{model.held_tokens} ({ratio:.1%})"
     tiers = sorted({chunk.tier for chunk in model.chunks if chunk.tier is not None})
     counts = {tier: sum(chunk.tier == tier for chunk in model.chunks) for tier in tiers}
+    held_text = f"{held} of {len(model.chunks)}" if is_listed else None
     entries = [
         Entry("model", "Model", model.model_name),
         Entry("engine", "Engine", model.engine),
         Entry("world_size", "World size", model.world_size),
         Entry("held_tokens", "Held tokens (prefix)", model.held_tokens, text=text),
         Entry("held_ratio", None, ratio),
-        Entry("num_chunks", None, len(model.chunks)),
-        Entry("num_chunks_held", "Held chunks", held, text=f"{held} of {len(model.chunks)}"),
-        Entry("num_chunks_by_tier", None, counts),
+        Entry("num_chunks", None, len(model.chunks) if is_listed else None),
+        Entry("num_chunks_held", "Held chunks", held if is_listed else None, text=held_text),
+        Entry("num_chunks_by_tier", None, counts if is_listed else None),
         Entry("chunk_map", "Chunks", _runs(chunk.tier for chunk in model.chunks) or None),
         Entry("chunks", None, [api.to_json(chunk) for chunk in model.chunks]),
     ]
@@ -126,7 +135,9 @@ def _read_token_ids(text: str) -> list[int]:
     text = prompts.read(text)
     if not _TOKEN_IDS.fullmatch(text):
         raise UsageFault("--token-ids: expected numbers separated by commas or spaces")
-    tokens = [int(item) for item in re.findall(r"\d+", text)]
-    if max(tokens) >= 1 << 32:
-        raise UsageFault(f"--token-ids: {max(tokens)} is no token id")
-    return tokens
+    items = re.findall(r"\d+", text)
+    # int() itself refuses thousands of digits
+    wrong = next((item for item in items if len(item) > ID_DIGITS_MAX or int(item) >= 1 << 32), None)
+    if wrong is not None:
+        raise UsageFault(f"--token-ids: {wrong[:ID_DIGITS_MAX]}{'...' * (len(wrong) > ID_DIGITS_MAX)} is no token id")
+    return [int(item) for item in items]

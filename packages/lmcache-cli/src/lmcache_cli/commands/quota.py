@@ -7,7 +7,7 @@ import math
 import click
 
 from lmcache_cli import api
-from lmcache_cli.commands.base import KVCACHE, BaseCommand, server_options
+from lmcache_cli.commands.base import KVCACHE, BaseCommand, server_options, utf8
 from lmcache_cli.errors import BadAnswer
 from lmcache_cli.groups import Group
 from lmcache_cli.render import Entry, Report, Section
@@ -55,7 +55,7 @@ def list_quotas(target: Target) -> Report:
 @quota.command(
     "get", cls=BaseCommand, title="Quota Info", keys=("cache_salt", "limit_gb", "current_usage_gb", "exists")
 )
-@click.argument("salt")
+@click.argument("salt", callback=utf8)
 @server_options(KVCACHE)
 def get_quota(target: Target, salt: str) -> Report:
     """Show the limit of one tenant."""
@@ -79,7 +79,7 @@ def _limit(ctx: click.Context, param: click.Parameter, value: float) -> float:
 
 
 @quota.command("set", cls=BaseCommand, title="Quota Set", keys=("cache_salt", "limit_gb"))
-@click.argument("salt")
+@click.argument("salt", callback=utf8)
 @click.option("--limit-gb", metavar="GB", type=float, required=True, callback=_limit, help="Memory it may hold.")
 @server_options(KVCACHE)
 def set_quota(target: Target, salt: str, limit_gb: float) -> Report:
@@ -102,7 +102,7 @@ def set_quota(target: Target, salt: str, limit_gb: float) -> Report:
 
 
 @quota.command("delete", cls=BaseCommand, title="Quota Delete", keys=("cache_salt",))
-@click.argument("salt")
+@click.argument("salt", callback=utf8)
 @server_options(KVCACHE)
 def delete_quota(target: Target, salt: str) -> Report:
     """Remove the limit of one tenant; one that has none is no error (status `not_found`)."""
