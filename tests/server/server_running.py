@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from typing import Any
 
+import msgspec
+
+from lmcache.keys import checksum_seed, tenant_id
 from lmcache.transfer import _native
 from lmcache.wire import messages as m
 from lmcache.wire.attach import Attachment, attach
@@ -74,7 +77,8 @@ class Server:
         """Start and wait until healthy."""
         with open(self.log_path, "ab") as log:
             command = [sys.executable, "-m", "lmcache.server", *self.options]
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            environment = {**os.environ, "XDG_STATE_HOME": f"{self.folder}/state"}
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         eventually(lambda: self.healthy() or self.process.poll() is not None)
         assert self.process.poll() is None, self.log()
         return self
@@ -143,6 +147,7 @@ class Engine:
         self.attachment: Attachment = attach(server.attach_path, ask, WAIT_S)
         fd = self.attachment.pool_fd
         assert fd is not None
+        self.rank = rank
         self.pool = mmap.mmap(fd, self.attachment.reply.pool_bytes)
         self.client = Client(self.attachment.reply.endpoint)
         self.hello(self.attachment.reply.token)
@@ -159,8 +164,8 @@ class Engine:
     def call(self, request: m.Request) -> Any:
         return self.client.call(request, WAIT_S)
 
-    def reserve(self, names: list[object]) -> m.Granted:
-        granted = self.call(m.Reserve(0, keys=b"".join(map(key, names))))
+    def reserve(self, names: list[object], salt: str = "") -> m.Granted:
+        granted = self.call(m.Reserve(0, keys=b"".join(map(key, names)), tenant=tenant_id(salt)))
         assert isinstance(granted, m.Granted)
         return granted
 
@@ -171,11 +176,13 @@ class Engine:
             if offset != m.NO_EXTENT:
                 data = contents(name)
                 self.pool[offset : offset + EXTENT_BYTES] = data
-                checksums.append(_native.checksum(data, 0))
+                checksums.append(self.checksum(name, data))
         return checksums.tobytes()
 
-    def store(self, names: list[object]) -> int:
-        granted = self.reserve(names)
+    def store(self, names: list[object], salt: str = "") -> int:
+        granted = self.reserve(names, salt)
+        if not granted.ticket:
+            return 0
         committed = self.call(m.Commit(0, ticket=granted.ticket, checksums=self.write(granted, names)))
         return int(committed.num_chunks)
 
@@ -190,8 +197,21 @@ class Engine:
         results = []
         for offset, checksum, name in pairs:
             data = self.pool[offset : offset + EXTENT_BYTES]
-            results.append(data == contents(name) and _native.checksum(data, 0) == checksum)
+            results.append(data == contents(name) and self.checksum(name, data) == checksum)
         return results
+
+    def checksum(self, name: object, data: bytes) -> int:
+        """As the connectors make it."""
+        return int(_native.checksum(data, checksum_seed(key(name), self.rank)))
+
+    def promote(self, names: list[object]) -> m.Found:
+        """Look up as the connectors do: what L1 lacks is waited for."""
+        request = m.Lookup(0, keys=b"".join(map(key, names)), promote=True)
+        while isinstance(reply := self.call(request), m.Promoting):
+            time.sleep(reply.retry_ms / 1000)
+            request = msgspec.structs.replace(request, promotion=reply.promotion)
+        assert isinstance(reply, m.Found)
+        return reply
 
     def close(self) -> None:
         self.client.close()

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from server_running import POOL_GB, WAIT_S, Engines, Server, eventually, running
 
 MAIN = "from lmcache.benchmark.command import bench_server as b; import sys; sys.exit(b.main(standalone_mode=False))"
 SMALL = ("--num-tokens=512", "--bytes-per-token=4096")
 GB = 1 << 30
+SCHEMA = json.loads((files("lmcache_cli") / "schemas" / "bench_server.json").read_text(encoding="utf-8"))
 
 
 def start(url: str, *words: str) -> subprocess.Popen[str]:
@@ -30,9 +33,15 @@ def result(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def bench(url: str, *words: str) -> tuple[int, Any, str]:
-    """Exit status, JSON document and stderr."""
+    """Exit status, JSON document (which keeps the schema) and stderr."""
     status, out, err = result(start(url, "--format=json", *words))
-    return status, json.loads(out), err
+    return status, kept(out), err
+
+
+def kept(out: str) -> Any:
+    document = json.loads(out)
+    jsonschema.validate(document, SCHEMA, jsonschema.Draft202012Validator)
+    return document
 
 
 def test_everything_that_is_stored_is_found_and_comes_back_right(own: Server) -> None:
@@ -58,6 +67,15 @@ def test_everything_that_is_stored_is_found_and_comes_back_right(own: Server) ->
     eventually(lambda: own.status()["attached_processes"] == 0)
     assert own.status()["active_sessions"] == 0
     assert own.ask("/cache/clear", b"")[1]["cleared"]["num_kept"] == 0
+
+
+def test_the_schema_takes_no_key_more_and_none_less(shared: Server) -> None:
+    _, document, _ = bench(shared.rpc, "--duration=0.1", *SMALL)
+    metrics = document["metrics"]
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    for changed in ({**metrics, "surprise": 1}, *({k: metrics[k] for k in metrics if k != key} for key in metrics)):
+        with pytest.raises(jsonschema.ValidationError):
+            kept(json.dumps({**document, "metrics": changed}))
 
 
 def test_the_table_has_its_title_and_its_width(shared: Server) -> None:
@@ -108,7 +126,7 @@ def test_a_server_that_dies_is_a_cause_and_what_was_measured_stays(tmp_path: Pat
         eventually(lambda: server.metric("retrieves_total") > 2)
         server.kill()
         status, out, err = result(process)
-        metrics = json.loads(out)["metrics"]
+        metrics = kept(out)["metrics"]
         assert (status, err) == (0, "")
         assert metrics["num_passes"] > 2
         assert set(metrics["failures"]) <= {"no_answer", "not_attached"}
@@ -121,7 +139,7 @@ def test_ctrl_c_ends_with_what_was_measured(own: Server) -> None:
     process.send_signal(signal.SIGINT)
     status, out, err = result(process)
     assert status == 130
-    document = json.loads(out)
+    document = kept(out)
     assert document["error"]["code"] == "interrupted"
     assert document["metrics"]["num_passes"] >= 2
     assert err == "lmcache: interrupted\n"

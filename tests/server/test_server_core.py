@@ -39,7 +39,7 @@ class World:
         rest = cast(Any, None)
         dispatcher = cast(Dispatcher, Failing())
         sessions = Sessions(SystemEntropy())
-        self.core = Core(ends, rest, sessions, dispatcher, self.counters, rest, rest, SystemClock(), rest)
+        self.core = Core(ends, rest, sessions, dispatcher, rest, self.counters, rest, rest, SystemClock(), rest)
         self.ends = ends
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import urllib.request
 from typing import Any
 
 import pytest
-from server_running import Engine, Engines, Server, eventually, key
+from server_running import EXTENT_BYTES, Engine, Engines, Server, eventually, key
 
 from lmcache.errors import PeerRefused
 from lmcache.keys import extend, namespace, pack_tokens, request_namespace
@@ -44,7 +44,7 @@ def test_every_salt_is_a_tenant_of_its_own(own: Server, salt: str) -> None:
     assert call(own, "GET", path)[1]["exists"] is False
     assert call(own, "PUT", path, {"limit_gb": 2.5})[1]["status"] == "ok"
     status, found = call(own, "GET", path)
-    assert (status, found["limit_gb"], found["exists"], found["current_usage_gb"]) == (200, 2.5, True, None)
+    assert (status, found["limit_gb"], found["exists"], found["current_usage_gb"]) == (200, 2.5, True, 0.0)
     assert len(call(own, "GET", "/quota")[1]["users"]) == 1
     for other in [*SALTS, ""]:
         if other != salt:
@@ -94,9 +94,62 @@ def test_the_number_of_limits_and_of_namespaces_is_bounded() -> None:
     assert tenants.limit("0", 2.0) is True
     for index in range(NAMESPACES_MAX + 5):
         tenants.meet(Known("m", "e", 1, f"{index:064x}"))
-    known = json.loads(tenants.document())["known"]
+    known = json.loads(tenants.document(lambda tenant: 0))["known"]
     assert len(known) == NAMESPACES_MAX
     assert int(known[0]["namespace"], 16) == NAMESPACES_MAX + 4  # the newest first
+
+
+def limit(server: Server, salt: str, extents: float) -> None:
+    assert call(server, "PUT", f"/quota/{salt}", {"limit_gb": extents * EXTENT_BYTES / 2**30})[0] == 200
+
+
+def extents_of(server: Server, salt: str) -> dict[str, float]:
+    usage = call(server, "GET", f"/quota/{salt}")[1]["usage_by_tier_gb"]
+    return {tier: used * 2**30 / EXTENT_BYTES for tier, used in usage.items()}
+
+
+def test_a_limited_tenant_pushes_out_its_own_chunks_and_nobody_elses(own: Server, engines: Engines) -> None:
+    engine = engines(own)
+    limit(own, "small", 4)
+    others: list[object] = [f"other {number}" for number in range(6)]
+    engine.store(others, salt="other")
+    first: list[object] = [f"first {number}" for number in range(4)]
+    second: list[object] = [f"second {number}" for number in range(3)]
+    assert engine.store(first, salt="small") == 4
+    assert engine.store(second, salt="small") == 3
+    assert extents_of(own, "small") == {"l1": 4.0}
+    assert extents_of(own, "other") == {"l1": 6.0}
+    assert engine.lookup(second).num_chunks == 3
+    assert [engine.lookup([name], lease=False).num_chunks for name in first] == [1, 0, 0, 0]
+    assert engine.lookup(others).num_chunks == 6
+
+
+def test_more_than_a_limit_is_not_stored_and_the_answer_says_which_chunks(own: Server, engines: Engines) -> None:
+    engine = engines(own)
+    limit(own, "small", 2.5)
+    granted = engine.reserve([f"chunk {number}" for number in range(4)], salt="small")
+    assert list(granted.states) == [m.GRANTED, m.GRANTED, m.FULL, m.FULL]
+    engine.call(m.Abort(0, ticket=granted.ticket))
+    limit(own, "none", 0)
+    assert engine.store(["nothing"], salt="none") == 0
+
+
+def test_limits_hold_again_after_a_restart_of_the_server(own: Server, engines: Engines) -> None:
+    limit(own, "small", 3)
+    own.stop()
+    own.start()
+    assert call(own, "GET", "/quota/small")[1]["exists"] is True
+    engine = engines(own)
+    engine.store([f"chunk {number}" for number in range(3)], salt="small")
+    engine.store(["one more"], salt="small")
+    assert extents_of(own, "small") == {"l1": 3.0}
+    own.kill()
+    own.start()
+    assert extents_of(own, "small") == {"l1": 3.0}  # adopted chunks are still somebody's
+    call(own, "DELETE", "/quota/small")
+    own.stop()
+    own.start()
+    assert call(own, "GET", "/quota/small")[1]["exists"] is False
 
 
 def test_an_engine_may_not_ask_what_is_the_services(shared: Server, engines: Engines) -> None:

@@ -49,7 +49,7 @@ def test_a_lease_keeps_its_entry_from_eviction(cache: Cache) -> None:
     for start in range(100, 400, 10):
         store(cache, start, start + 10)
     assert held(cache, 0, 4) == [0, 1, 2, 3]
-    assert cache.release(1, found.lease)
+    assert cache.release(1, found.lease) == []
     for start in range(400, 700, 10):
         store(cache, start, start + 10)
     assert held(cache, 0, 4) == []
@@ -58,9 +58,9 @@ def test_a_lease_keeps_its_entry_from_eviction(cache: Cache) -> None:
 def test_a_lease_belongs_to_its_owner(cache: Cache) -> None:
     store(cache, 0, 1)
     lease = cache.lookup(1, keys(0, 1)).lease
-    assert not cache.release(2, lease)
-    assert cache.release(1, lease)
-    assert not cache.release(1, lease)
+    assert cache.release(2, lease) is None
+    assert cache.release(1, lease) == []
+    assert cache.release(1, lease) is None
 
 
 def test_a_lease_ends_when_its_time_is_over(cache: Cache, clock: ManualClock) -> None:
@@ -71,7 +71,7 @@ def test_a_lease_ends_when_its_time_is_over(cache: Cache, clock: ManualClock) ->
     assert cache.sweep() == 1.0
     clock.seconds += 1.0
     assert cache.sweep() is None
-    assert not cache.release(1, lease)
+    assert cache.release(1, lease) is None
     assert cache.usage().num_expired_leases == 1
 
 
@@ -113,12 +113,12 @@ def test_a_chunk_whose_check_failed_leaves_the_index_at_once_and_its_extent_is_f
 ) -> None:
     store(cache, 0, 4)
     first, second = (cache.lookup(owner, keys(0, 4), first_chunk=1) for owner in (1, 2))
-    assert cache.release(1, first.lease, failed=[1, 1, 77, -1])
+    assert cache.release(1, first.lease, failed=[1, 1, 77, -1]) == [keys(2, 3)]
     assert held(cache, 0, 4) == [0, 1, 3]
     assert cache.usage().num_quarantined == 1
     assert cache.usage().used_bytes == 4 * MIB
     cache.check_integrity()
-    assert cache.release(2, second.lease, failed=[1])
+    assert cache.release(2, second.lease, failed=[1]) == []
     assert cache.usage().num_quarantined == 1
     assert cache.usage().used_bytes == 3 * MIB
 
@@ -139,7 +139,7 @@ def test_the_end_of_an_owner_ends_its_leases_and_nobody_elses(cache: Cache) -> N
     kept = cache.lookup(2, keys(1, 2)).lease
     cache.drop_owner(1)
     assert cache.usage().num_leases == 1
-    assert cache.release(2, kept)
+    assert cache.release(2, kept) == []
 
 
 def test_clear_keeps_what_a_lease_or_a_reservation_holds(cache: Cache) -> None:

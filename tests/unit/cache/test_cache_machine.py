@@ -14,6 +14,8 @@ from lmcache.cache import open_cache
 from lmcache.cache.base import NO_EXTENT, State
 from lmcache.cache.store import Cache
 
+TENANTS = [bytes([number]) * 16 for number in range(3)]
+CASCADE = 99
 SHAPES = [(1, 4 * MIB), (2, 10 * MIB), (1, 24 * MIB - 5)]
 NUM_OWNERS = 4
 
@@ -36,6 +38,7 @@ class Ticket:
     world_size: int
     keys: list[Key]
     writing: list[Writing]
+    promoted: bool = False
 
 
 @dataclass
@@ -57,6 +60,7 @@ class CacheLife(RuleBasedStateMachine):
         self.leases: dict[int, Pinned] = {}
         self.ghosts: list[Writing] = []  # tickets are over, the writer lives
         self.known: dict[tuple[Key, int], set[int]] = {}
+        self.limits: dict[bytes, int] = {}
         self.next_checksum = 1
         self.life = 0
         self.generation = 0
@@ -66,10 +70,12 @@ class CacheLife(RuleBasedStateMachine):
         self.life += 1
         self.cache: Cache = open_cache(
             DIRECTORY, 200 * MIB, 256, policy="LRU", persist=False, files=self.files, clock=self.clock,
-            entropy=SeededEntropy(self.life),
+            entropy=SeededEntropy(self.life), has_tiers=True,
         )  # fmt: skip
-        for index in range(NUM_OWNERS):
+        for index in (*range(NUM_OWNERS), CASCADE):
             self.attach(index)
+        for tenant, limit in self.limits.items():
+            self.cache.quotas.set_limit(tenant, limit)
 
     def owner(self, index: int) -> int:
         return self.life * 1000 + index
@@ -93,14 +99,14 @@ class CacheLife(RuleBasedStateMachine):
         return found
 
     @rule(family=st.sampled_from([0, 1, 2]), start=st.integers(0, 30), num=st.integers(1, 12),
-          index=st.integers(0, NUM_OWNERS - 1), rank=st.integers(0, 1))  # fmt: skip
-    def reserve(self, family: int, start: int, num: int, index: int, rank: int) -> None:
+          index=st.integers(0, NUM_OWNERS - 1), rank=st.integers(0, 1), tenant=st.sampled_from(TENANTS))  # fmt: skip
+    def reserve(self, family: int, start: int, num: int, index: int, rank: int, tenant: bytes = TENANTS[0]) -> None:
         world_size, extent_bytes = SHAPES[family]
         rank = min(rank, world_size - 1)
         links = [bytes([family]) + number.to_bytes(31, "big") for number in range(start, start + num)]
         owner = self.owner(index)
         reservation = self.cache.reserve(
-            owner, b"".join(links), rank=rank, world_size=world_size, extent_bytes=extent_bytes
+            owner, b"".join(links), rank=rank, world_size=world_size, extent_bytes=extent_bytes, origin=tenant + bytes(24)
         )
         states = list(reservation.states)
         if State.FULL in states:
@@ -120,8 +126,9 @@ class CacheLife(RuleBasedStateMachine):
         granted = [key for key, state in zip(links, states, strict=True) if state == State.GRANTED]
         assert bool(reservation.ticket) == bool(granted)
         if granted:
+            self.keeps_its_limit(tenant)
             self.tickets[reservation.ticket] = Ticket(owner, rank, world_size, granted, writing)
-        elif State.FULL in states and not taken and not self.holds_unseen():
+        elif State.FULL in states and not taken and not self.holds_unseen() and tenant not in self.limits:
             raise AssertionError("refused although nothing is held")
 
     @precondition(lambda self: self.tickets)
@@ -133,11 +140,78 @@ class CacheLife(RuleBasedStateMachine):
         self.next_checksum += len(checksums)
         for key, checksum in zip(ticket.keys, checksums, strict=True):
             self.known.setdefault((key, ticket.rank), set()).add(checksum)
+        if ticket.promoted:
+            self.publish(number, ticket, checksums, tenant=data.draw(st.sampled_from(TENANTS)))
+            return
         num = self.cache.commit(ticket.owner, number, checksums)
         assert num is not None
         if ticket.world_size == 1:
             assert num == len(ticket.keys)
             assert all(self.cache.lookup(0, key, lease=False).num_chunks for key in ticket.keys)
+
+    def publish(self, number: int, ticket: Ticket, checksums: list[int], tenant: bytes) -> None:
+        """A chunk from a tier becomes visible with all its ranks, or its tenant's limit forbids it."""
+        (key,) = set(ticket.keys)
+        for rank, checksum in enumerate(checksums):
+            self.known.setdefault((key, rank), set()).add(checksum)
+        num = self.cache.publish(
+            ticket.owner, number, checksums, origin=tenant + bytes(24), extent_bytes=ticket.writing[0].length
+        )
+        assert num == 1 or (num == 0 and tenant in self.limits)
+        assert bool(self.cache.lookup(0, key, lease=False).num_chunks) == bool(num)
+        if num:
+            self.keeps_its_limit(tenant)
+
+    def keeps_its_limit(self, tenant: bytes) -> None:
+        limit = self.limits.get(tenant)
+        assert limit is None or self.cache.quotas.used_bytes(tenant) <= limit, "a tenant has more than its limit"
+
+    @rule(family=st.sampled_from([0, 1, 2]), number=st.integers(0, 40))
+    def admit(self, family: int, number: int) -> None:
+        """The cascade gets extents of all ranks or none."""
+        world_size, length = SHAPES[family]
+        extent_bytes = -(-length // 4096) * 4096
+        key = bytes([family]) + number.to_bytes(31, "big")
+        owner = self.owner(CASCADE)
+        granted = self.cache.admit(owner, key, world_size=world_size, extent_bytes=extent_bytes)
+        assert bool(granted.ticket) == (granted.states[0] == State.GRANTED)
+        assert len(granted.offsets) == (world_size if granted.ticket else 0)
+        if granted.ticket:
+            pinned = [extent for lease in self.leases.values() for extent in lease.extents]
+            taken = [(w.offset, w.length) for t in self.tickets.values() for w in t.writing] + pinned
+            taken += [(w.offset, w.length) for w in self.ghosts]
+            for offset in granted.offsets:
+                assert all(offset + extent_bytes <= o or o + n <= offset for o, n in taken), "extent is in use"
+            writing = [Writing(owner, offset, length) for offset in granted.offsets]
+            self.tickets[granted.ticket] = Ticket(owner, 0, world_size, [key] * world_size, writing, promoted=True)
+
+    @rule(num_bytes=st.sampled_from([1, 8 * MIB, 60 * MIB]), from_old_end=st.booleans())
+    def take_writes(self, num_bytes: int, from_old_end: bool) -> None:
+        """The cascade is given chunks that are visible, each pinned until it says what became of it."""
+        for writing in self.cache.take_writes(self.owner(CASCADE), num_bytes, from_old_end=from_old_end):
+            assert self.cache.peek(writing.key) == b"\1"
+            extents = [(offset, writing.extent_bytes) for offset in writing.offsets]
+            self.leases[writing.lease] = Pinned(self.owner(CASCADE), [writing.key], extents)
+
+    @precondition(lambda self: any(lease.owner == self.owner(CASCADE) for lease in self.leases.values()))
+    @rule(data=st.data(), kept=st.booleans())
+    def written(self, data: st.DataObject, kept: bool) -> None:
+        mine = sorted(number for number, lease in self.leases.items() if lease.owner == self.owner(CASCADE))
+        number = data.draw(st.sampled_from(mine))
+        before = self.cache.num_unwritten
+        key = self.leases.pop(number).keys[0]
+        assert self.cache.written(self.owner(CASCADE), number, kept=kept)
+        if not kept and self.cache.peek(key) == b"\1":
+            assert self.cache.num_unwritten >= before
+        assert not self.cache.written(self.owner(CASCADE), number, kept=kept), "a lease ends once"
+
+    @rule(tenant=st.sampled_from(TENANTS[1:]), limit=st.sampled_from([None, 0, 30 * MIB, 90 * MIB]))
+    def set_limit(self, tenant: bytes, limit: int | None) -> None:
+        self.cache.quotas.set_limit(tenant, limit)
+        if limit is None:
+            self.limits.pop(tenant, None)
+        else:
+            self.limits[tenant] = limit
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())
@@ -166,7 +240,7 @@ class CacheLife(RuleBasedStateMachine):
     def release(self, data: st.DataObject, failed: list[int]) -> None:
         number = data.draw(st.sampled_from(sorted(self.leases)))
         lease = self.leases.pop(number)
-        assert self.cache.release(lease.owner, number, failed)
+        assert self.cache.release(lease.owner, number, failed) is not None
         for position in failed:
             if position < len(lease.keys):
                 assert not self.cache.lookup(0, lease.keys[position], lease=False).num_chunks
@@ -227,7 +301,12 @@ class CacheLife(RuleBasedStateMachine):
                 attempted = ticket.keys
                 for key in attempted:
                     self.known.setdefault((key, ticket.rank), set()).add(77)
-                self.cache.commit(ticket.owner, number, [77] * len(ticket.keys))
+                if ticket.promoted:
+                    for rank in range(ticket.world_size):
+                        self.known.setdefault((ticket.keys[0], rank), set()).add(77)
+                    self.publish(number, ticket, [77] * ticket.world_size, TENANTS[0])
+                else:
+                    self.cache.commit(ticket.owner, number, [77] * len(ticket.keys))
             else:
                 self.reserve(2, start, num, 0, 0)
                 self.reserve(0, start, num, 1, 0)

@@ -78,6 +78,8 @@ class L2Adapter:
 
     is_healthy: bool | None = None
     type: str | None = None
+    name: str | None = None  # its label in metrics
+    reason: str | None = None  # why it is not healthy, or does less than it should
     backend: str | None = None
     base_path: str | None = None
     stored_object_count: int | None = None
@@ -184,11 +186,15 @@ class ClearReply:
 
 @dataclass(frozen=True)
 class Quota:
-    """GET /quota/{salt}: the limit of one tenant; an unknown one does not exist. 1 GB = 2**30 bytes."""
+    """GET /quota/{salt}: the limit of one tenant, in L1 and in each tier; an unknown one does not exist.
+
+    1 GB = 2**30 bytes.
+    """
 
     cache_salt: str | None = None
     limit_gb: float | None = None
-    current_usage_gb: float | None = None  # None: not known
+    current_usage_gb: float | None = None  # of L1; None: not known
+    usage_by_tier_gb: dict[str, float] = field(default_factory=dict)  # "l1", and tiers that can tell; the limit is each's
     exists: bool | None = None
 
 
@@ -197,7 +203,8 @@ class QuotaUser:
     """One tenant of the list."""
 
     limit_gb: float | None = None
-    current_usage_gb: float | None = None  # None: not known
+    current_usage_gb: float | None = None  # of L1; None: not known
+    usage_by_tier_gb: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -239,7 +246,7 @@ class ChunkPlace:
     index: int | None = None
     first_token: int | None = None
     num_tokens: int | None = None
-    tier: str | None = None  # "l1"; None: not held
+    tier: str | None = None  # "l1", or the name of the tier below it; None: not held
 
 
 @dataclass(frozen=True)

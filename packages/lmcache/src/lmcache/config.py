@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lmcache.errors import ConfigError
@@ -13,6 +14,8 @@ GB = 1 << 30
 L1_BYTES_MIN = 16 << 20
 L1_BYTES_MAX = 1 << 50
 CHUNK_TOKENS_MAX = 65536
+TIERS_MAX = 8
+WRITE_POLICIES = ("write-through", "write-back", "read-only")
 _PORT_MAX = 65535
 
 
@@ -30,6 +33,9 @@ class ServerConfig:
     attach_path: str | None = None  # None: derived from the port, see wire/door.py
     attach_group: str | None = None  # a group whose members may attach besides this user
     persist: bool = False  # keep the pool over a clean stop
+    instance_id: str | None = None  # what L1 and limits are kept under; None: the RPC port
+    tiers: tuple[Mapping[str, object], ...] = ()  # options of each adapter, uppermost first; no secrets
+    write_policy: str = WRITE_POLICIES[0]
 
     def __post_init__(self) -> None:
         """Raises ConfigError with one sentence for the first setting that is out of its bounds."""
@@ -43,6 +49,22 @@ class ServerConfig:
         _check(in_bounds, f"--l1-size-gb is {low:g} to {high}, not {self.l1_bytes / GB:g}")
         in_bounds = 1 <= self.chunk_tokens <= CHUNK_TOKENS_MAX
         _check(in_bounds, f"--chunk-size is 1 to {CHUNK_TOKENS_MAX} tokens, not {self.chunk_tokens}")
+        _check(len(self.tiers) <= TIERS_MAX, f"at most {TIERS_MAX} tiers, not {len(self.tiers)}")
+        known = ", ".join(WRITE_POLICIES)
+        _check(self.write_policy in WRITE_POLICIES, f"--l2-write-policy is one of {known}, not {self.write_policy!r}")
+
+    @property
+    def instance(self) -> str:
+        """The name that this server's L1 and limits are found again by."""
+        return self.instance_id or str(self.rpc_port)
+
+    def tier_names(self) -> list[str]:
+        """A name for each tier: its type, and a number where there are several of that type."""
+        types = [str(options.get("type", "")) for options in self.tiers]
+        return [
+            name if types.index(name) == position else f"{name}-{types[: position + 1].count(name)}"
+            for position, name in enumerate(types)
+        ]
 
 
 def _check(holds: bool, sentence: str) -> None:

@@ -22,6 +22,9 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
 KEY_BYTES = 32
+TENANT_BYTES = 16
+NAMESPACE_PREFIX_BYTES = 16
+"""Leading bytes of a request's namespace that stand beside its chunks: for accounts and people, never for identity."""
 
 Scalar = str | bytes | int | bool | float | None
 Value = Scalar | tuple["Value", ...] | list["Value"]
@@ -75,6 +78,16 @@ def request_namespace(engine: bytes, salt: str, fields: Mapping[str, Value], chu
         fields: what else belongs to the request (an adapter); empty for plain text.
     """
     return namespace({**fields, "base": engine, "salt": salt, "chunk_tokens": chunk_tokens})
+
+
+def tenant_id(salt: str) -> bytes:
+    """What stands for a tenant wherever its chunks are: never the salt itself, which may be meant to stay secret.
+
+    All zeros for the empty salt.
+    """
+    return (
+        hashlib.sha256(b"lmcache tenant 1\0" + salt.encode()).digest()[:TENANT_BYTES] if salt else bytes(TENANT_BYTES)
+    )
 
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:

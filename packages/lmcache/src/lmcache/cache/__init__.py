@@ -20,6 +20,7 @@ def open_cache(
     clock: Clock,
     entropy: Entropy,
     limits: Limits | None = None,
+    has_tiers: bool = False,
 ) -> Cache:
     """The cache in a directory, with what an earlier server left there.
 
@@ -29,4 +30,4 @@ def open_cache(
     """
     order = make_policy(policy)
     pool, records = open_pool(directory, total_bytes, chunk_tokens, files, persist=persist)
-    return Cache(pool, records, order, clock, limits or Limits(), entropy=entropy)
+    return Cache(pool, records, order, clock, limits or Limits(), entropy=entropy, has_tiers=has_tiers)

@@ -47,11 +47,23 @@ class Found:
 
 @dataclass(slots=True)
 class Reservation:
-    """Answer to a reserve: one state and one offset a key; ``ticket`` 0 when nothing was granted."""
+    """Answer to a reserve: one state a key, one offset a key and rank; ``ticket`` 0 when nothing was granted."""
 
     ticket: int
     states: bytes
     offsets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """A chunk to write to the tiers, under a lease of its own; an offset and a checksum a rank."""
+
+    lease: int
+    key: bytes
+    origin: bytes
+    extent_bytes: int
+    offsets: list[int]
+    checksums: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,7 @@ class Usage:
     num_leases: int
     num_reservations: int
     num_slots: int  # extents that the records file can describe
+    num_unwritten: int  # entries that wait to be written to the tiers
     # counters since the start
     num_quarantined: int
     num_evicted: int
@@ -85,6 +98,7 @@ class Usage:
     num_expired_leases: int
     num_expired_reservations: int
     num_adopted: int
+    num_lost: int  # entries that were gone from L1 before the tiers had them
     growth_stopped: str | None  # why the pool stays smaller than asked
 
 

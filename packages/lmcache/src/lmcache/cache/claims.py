@@ -16,12 +16,13 @@ Shape = tuple[int, int]
 class Pending:
     """A chunk that not all ranks have committed. ``slots``: by rank; ``written``: ranks that committed."""
 
-    __slots__ = ("doomed", "expires", "key", "shape", "slots", "written")
+    __slots__ = ("doomed", "expires", "key", "promoted", "shape", "slots", "written")
 
-    def __init__(self, key: bytes, shape: Shape, expires: float) -> None:
+    def __init__(self, key: bytes, shape: Shape, expires: float, promoted: bool) -> None:
         self.key = key
         self.shape = shape
         self.expires = expires
+        self.promoted = promoted  # comes from a tier, so that no tier needs it
         self.doomed = False  # will never become visible: extents go back as their writers are done
         self.slots: dict[int, int] = {}
         self.written: set[int] = set()
@@ -29,12 +30,12 @@ class Pending:
 
 @dataclass(slots=True)
 class Claim:
-    """One granted reservation."""
+    """One granted reservation: of one rank by a worker, of all ranks of one chunk by the cascade."""
 
     owner: Owner
-    rank: int
     expires: float
-    parts: list[tuple[Pending, int]] = field(default_factory=list)  # chunk and slot, in the order of the request
+    promoted: bool = False
+    parts: list[tuple[Pending, int, int]] = field(default_factory=list)  # chunk, rank and slot, in order of request
 
 
 @dataclass(slots=True)
@@ -59,15 +60,16 @@ class Claims:
         self._index = index
         self._records = records
 
-    def claim(self, claim: Claim, key: bytes, shape: Shape, slot: int) -> None:
+    def claim(self, claim: Claim, key: bytes, rank: int, shape: Shape, slot: int) -> None:
         """Add a slot to a reservation that is being made."""
         pending = self.pending.get(key)
         if pending is None:
-            pending = self.pending[key] = Pending(key, shape, claim.expires)
-        pending.slots[claim.rank] = slot
-        claim.parts.append((pending, slot))
+            pending = self.pending[key] = Pending(key, shape, claim.expires, claim.promoted)
+        pending.slots[rank] = slot
+        claim.parts.append((pending, rank, slot))
         by = (claim.owner & ((1 << 64) - 1), self.writers.get(claim.owner, NO_WRITER))
-        self._records.reserve(slot, key, claim.rank, shape, self._index.offset[slot], by)
+        origin = self._room.origins.of(self._index.origin[slot])
+        self._records.reserve(slot, key, rank, shape, self._index.offset[slot], by, origin)
 
     def add(self, ticket: int, claim: Claim) -> None:
         """Issue a reservation."""
@@ -90,14 +92,15 @@ class Claims:
         makes chunks visible after the records are written.
         """
         complete = []
-        for (pending, slot), checksum in zip(reversed(claim.parts), reversed(checksums), strict=True):
+        for (pending, rank, slot), checksum in zip(reversed(claim.parts), reversed(checksums), strict=True):
             if pending.doomed:
                 self._room.give_back(slot)
                 continue
             offset = self._index.offset[slot]
+            origin = self._room.origins.of(self._index.origin[slot])
             self._index.checksum[slot] = checksum
-            self._records.publish(slot, pending.key, claim.rank, pending.shape, offset, checksum)
-            pending.written.add(claim.rank)
+            self._records.publish(slot, pending.key, rank, pending.shape, offset, checksum, origin, pending.promoted)
+            pending.written.add(rank)
             if len(pending.written) == pending.shape[0]:
                 complete.append(pending)
         return complete
@@ -105,10 +108,14 @@ class Claims:
     def reveal(self, complete: list[Pending]) -> list[int]:
         """Make written chunks visible; returns their entries in the same order."""
         entries = []
+        fresh = []
         for pending in complete:
             del self.pending[pending.key]
             slots = [pending.slots[rank] for rank in range(pending.shape[0])]
             entries.append(self._index.add(pending.key, pending.shape[1], slots))
+            if not pending.promoted:
+                fresh.append(entries[-1])
+        self._room.unwritten.add(reversed(fresh))
         self._room.changed()
         return entries
 
@@ -123,7 +130,7 @@ class Claims:
 
     def discard(self, claim: Claim) -> None:
         """Give a reservation's extents back: its writer has said so, or is gone, or never could write."""
-        for pending, slot in claim.parts:
+        for pending, _, slot in claim.parts:
             self.doom(pending)
             self._room.give_back(slot)
 
@@ -134,9 +141,9 @@ class Claims:
         if writer == NO_WRITER:
             self.discard(claim)
             return
-        for pending, _ in claim.parts:
+        for pending, _, _ in claim.parts:
             self.doom(pending)
-        self.aside[ticket] = Aside(claim.owner, writer, [slot for _, slot in claim.parts])
+        self.aside[ticket] = Aside(claim.owner, writer, [slot for _, _, slot in claim.parts])
 
     def settle(self, ticket: int) -> None:
         """The writer of a set-aside reservation is done or gone."""

@@ -7,11 +7,18 @@ when its last extent is freed it serves no size any more and any class may have 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain, repeat
+from operator import floordiv
 
 from lmcache.cache.base import PAGE_BYTES, PIECE_BYTES, IntegrityError
 from lmcache.errors import LayoutError
 
 NO_SLOT = -1
+
+_PLACES_MIN, _PLACES_EACH = 1 << 16, 32
+"""How thinly spread extents may lie for a table of all places to be worth its memory."""
 
 
 class Piece:
@@ -135,11 +142,7 @@ class Extents:
         """Take one given extent; False where it overlaps another or does not fit its piece. End with ``placed``."""
         if offset + size > self._ready_bytes:
             return False
-        index = offset // self.piece_bytes
-        while len(self._pieces) <= index:
-            base = len(self._pieces) * self.piece_bytes
-            self._pieces.append(Piece(base, min(self.piece_bytes, self.total_bytes - base)))
-        piece = self._pieces[index]
+        piece = self._opened(offset // self.piece_bytes)
         position, rest = divmod(offset - piece.base, size)
         if rest or position >= self.capacity(piece, size) or (piece.used and piece.size != size):
             return False
@@ -147,12 +150,74 @@ class Extents:
             piece.size, piece.slots = size, array("i")
         if position < len(piece.slots) and piece.slots[position] != NO_SLOT:
             return False
-        while len(piece.slots) <= position:
-            piece.slots.append(NO_SLOT)
+        missing = position + 1 - len(piece.slots)
+        if missing > 0:
+            piece.slots.extend(array("i", [NO_SLOT]) * missing)
         piece.slots[position] = slot
         piece.used += 1
         self.used_bytes += size
         return True
+
+    def place_many(self, classes: Mapping[int, tuple[Sequence[int], Sequence[int]]]) -> set[int]:
+        """Take given extents before any other was taken, whole pieces at a time; end with ``placed``.
+
+        Args:
+            classes: by size, the offsets of extents and the slots that they are for.
+
+        Returns the slots whose extents were not taken: all of a piece in which some overlap, are of different sizes or
+        do not fit. ``place`` them one by one, those first that are to win.
+        """
+        step = self.piece_bytes
+        rows: dict[int, tuple[int, array[int]]] = {}  # by piece: size, and slot by position
+        contested: set[int] = set()
+        for size, (offsets, slots) in classes.items():
+            of_class = self._rows(size, offsets, slots)
+            if sum(len(row) - row.count(NO_SLOT) for row in of_class.values()) < len(slots):
+                for index, num in Counter(offset // step for offset in offsets).items():
+                    if index not in of_class or len(of_class[index]) - of_class[index].count(NO_SLOT) < num:
+                        contested.add(index)
+            contested.update(of_class.keys() & rows.keys())
+            rows.update((index, (size, row)) for index, row in of_class.items())
+        for index, (size, row) in rows.items():
+            if index in contested:
+                continue
+            piece = self._opened(index)
+            piece.size, piece.slots, piece.used = size, row, len(row) - row.count(NO_SLOT)
+            self.used_bytes += piece.used * size
+        if not contested:
+            return set()
+        pairs = chain.from_iterable(zip(offsets, slots, strict=True) for offsets, slots in classes.values())
+        return {slot for offset, slot in pairs if offset // step in contested}
+
+    def _rows(self, size: int, offsets: Sequence[int], slots: Sequence[int]) -> dict[int, array[int]]:
+        """By piece, the slots of a class at their positions. Of extents in the same place, one slot is kept.
+
+        Nothing at all where an extent lies askew or beyond, or where they are so few that a table is not worth it.
+        """
+        step = self.piece_bytes
+        width = step // size  # positions in a piece
+        if step % size == 0:
+            places = list(map(floordiv, offsets, repeat(size)))
+            bases_bytes = sum(places) * size
+        else:
+            if any(offset % step // size >= width for offset in offsets):
+                return {}
+            places = [offset // step * width + offset % step // size for offset in offsets]
+            bases_bytes = sum(place // width * step + place % width * size for place in places)
+        end = max(places, default=-1) + 1
+        if bases_bytes != sum(offsets) or end > _PLACES_MIN + _PLACES_EACH * len(slots):
+            return {}
+        table = array("i", [NO_SLOT]) * end
+        for place, slot in zip(places, slots, strict=True):
+            table[place] = slot
+        rows = {}
+        for start in range(0, end, width):
+            row = table[start : start + width]
+            while row and row[-1] == NO_SLOT:
+                row.pop()
+            if row and start // width * step + len(row) * size <= self._ready_bytes:
+                rows[start // width] = row
+        return rows
 
     def unplace(self, offset: int) -> None:
         """Take a placement back."""
@@ -165,7 +230,9 @@ class Extents:
         """All extents are placed: what lies between them is free."""
         for piece in self._pieces:
             if piece.used:
-                piece.free = array("H", [position for position, slot in enumerate(piece.slots) if slot == NO_SLOT])
+                if NO_SLOT in piece.slots:
+                    free = [position for position, slot in enumerate(piece.slots) if slot == NO_SLOT]
+                    piece.free = array("H", free)
                 self._offer(piece)
             else:
                 piece.size, piece.slots = 0, array("i")
@@ -194,6 +261,13 @@ class Extents:
         if in_use != self.used_bytes or in_use > self._ready_bytes or self._ready_bytes > self.total_bytes:
             raise IntegrityError(f"{self.used_bytes} bytes count as used, {in_use} are, {self._ready_bytes} are ready")
         return held
+
+    def _opened(self, index: int) -> Piece:
+        """The piece of this number, which exists from now on, as do all before it."""
+        while len(self._pieces) <= index:
+            base = len(self._pieces) * self.piece_bytes
+            self._pieces.append(Piece(base, min(self.piece_bytes, self.total_bytes - base)))
+        return self._pieces[index]
 
     def _open(self, size: int) -> Piece | None:
         """A piece for a class that has no room: an idle one, else the next of the ready part."""

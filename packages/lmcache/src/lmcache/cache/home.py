@@ -1,18 +1,36 @@
 """The directory of one pool: finding it safe, locking it, adopting it or making it new, and removing it.
 
-``<root>/<port>/pool`` and ``<root>/<port>/records``, where root is ``/dev/shm/lmcache-<uid>``. The lock on the
-records file is held for the server's life; a directory whose lock is free belongs to no living server.
+``<root>/<instance>/pool`` and ``<root>/<instance>/records``, where root is ``/dev/shm/lmcache-<uid>`` and the name of
+the instance is the server's port unless it was given one. The lock on the records file is held for the server's life; a
+directory whose lock is free belongs to no living server.
 """
 
 from __future__ import annotations
 
 import errno
+import re
 
-from lmcache.errors import PoolError
+from lmcache.errors import ConfigError, PoolError
 from lmcache.system import File, FileInfo, Files
 
 POOL = "pool"
 RECORDS = "records"
+
+_INSTANCE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
+
+
+def check_instance(name: str) -> str:
+    """The name of an instance as it was given, which is safe as the name of a directory.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not _INSTANCE.fullmatch(name):
+        raise ConfigError(
+            f"{name[:80]!r} cannot be the name of an instance: that is 1 to 64 letters, digits, '-', '_' and '.', "
+            "without a '.' in front"
+        )
+    return name
 
 
 class Home:
@@ -43,10 +61,15 @@ class Home:
             file = self.files.open(f"{self.path}/{name}")
         except OSError:  # a link, a socket, no permission
             return None
-        if file is not None and not is_ours(file.info(), self.files):
+        if file is not None and distrust(file.info(), self.files):
             file.close()
             return None
         return file
+
+    def distrust(self, name: str) -> str | None:
+        """Why ``open`` does not take the file of that name, for people; None where it does, or there is none."""
+        info = self.files.inspect(f"{self.path}/{name}")
+        return distrust(info, self.files) if info else None
 
     def create(self, name: str) -> File:
         """One of the files, new, in place of whatever had its name.
@@ -84,6 +107,12 @@ class Home:
                     raise
 
 
-def is_ours(info: FileInfo, files: Files) -> bool:
-    """A regular file of this user, with one name and no rights for anybody else."""
-    return info.kind == "file" and info.owner == files.user() and info.links == 1 and not info.mode & 0o077
+def distrust(info: FileInfo, files: Files) -> str | None:
+    """Why a file is not a regular one of this user, with one name and no rights for anybody else; None where it is."""
+    if info.kind != "file":
+        return "is not a regular file"
+    if info.owner != files.user():
+        return f"belongs to user {info.owner}, this server runs as {files.user()}"
+    if info.mode & 0o077:
+        return f"has mode {info.mode:04o}, not 0600"
+    return f"has {info.links} names, not 1" if info.links != 1 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 
 from lmcache.keys import KEY_BYTES
 
@@ -29,6 +30,7 @@ class Index:
         self.offset = array("Q")
         self.checksum = array("Q")
         self.entry = array("i")  # the visible entry of a slot, 0 for none
+        self.origin = array("I")  # number of a slot's origin, see origins.py
         self._next_slot = array("i")
         self._free_slots = array("i")
 
@@ -57,7 +59,7 @@ class Index:
         """Let the slots below ``num_slots`` exist, the new ones taken."""
         missing = num_slots - len(self.offset)
         if missing > 0:
-            for column in (self.offset, self.checksum, self.entry):
+            for column in (self.offset, self.checksum, self.entry, self.origin):
                 column.extend([0] * missing)
             self._next_slot.extend([_END] * missing)
 
@@ -105,6 +107,10 @@ class Index:
             slot = self._next_slot[slot]
         return slots
 
+    def first_slot(self, entry: int) -> int:
+        """The slot of rank 0; all slots of an entry have the same origin."""
+        return self._first_slot[entry]
+
     def details(self, entries: Sequence[int]) -> tuple[list[int], list[int]]:
         """Offsets and checksums, entry-major then rank."""
         slots: list[int] = []
@@ -126,3 +132,36 @@ class Index:
     def free_slots(self) -> list[int]:
         """Slots that are free, for checks."""
         return self._free_slots.tolist()
+
+    def load_slots(self, offset: array[int], checksum: array[int], origin: array[int]) -> None:
+        """Let as many slots exist as the columns are long, all of them taken; there were none before."""
+        self.offset, self.checksum, self.origin = offset, checksum, origin
+        self.entry = array("i", [0]) * len(offset)
+        self._next_slot = array("i", [_END]) * len(offset)
+
+    def add_many(self, keys: Sequence[bytes], extent_bytes: Sequence[int], ranks: Sequence[Sequence[int]]) -> range:
+        """As ``add``, for many chunks of one world size, before any was dropped; returns their entries.
+
+        ``ranks``: for each rank, a slot a chunk.
+        """
+        entries = range(len(self.keys), len(self.keys) + len(keys))
+        self.keys.extend(keys)
+        self.by_key.update(zip(keys, entries, strict=True))
+        self.extent_bytes.extend(extent_bytes)
+        self.world_size.extend(array("H", [len(ranks)]) * len(keys))
+        self._first_slot.extend(ranks[0])
+        entry_of, next_slot = self.entry, self._next_slot
+        for slots in ranks:
+            if isinstance(slots, range):
+                entry_of[slots.start : slots.stop : slots.step] = array("i", entries)
+                continue
+            for slot, entry in zip(slots, entries, strict=True):
+                entry_of[slot] = entry
+        for before, after in pairwise(ranks):
+            for slot, follower in zip(before, after, strict=True):
+                next_slot[slot] = follower
+        return entries
+
+    def give_slots(self, slots: Sequence[int]) -> None:
+        """These slots are free again; the last one is taken first."""
+        self._free_slots.extend(slots)

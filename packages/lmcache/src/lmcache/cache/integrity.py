@@ -6,16 +6,16 @@ from collections import Counter
 
 from lmcache.cache.base import IntegrityError
 from lmcache.cache.claims import Claims
-from lmcache.cache.evict.base import Policy
 from lmcache.cache.extents import Extents
 from lmcache.cache.index import Index
 from lmcache.cache.leases import Leases
+from lmcache.cache.quotas import Quotas
 from lmcache.cache.records import COMMITTED, RESERVED, Records, is_clear, parse
 from lmcache.cache.room import Room
 
 
 def check(
-    index: Index, extents: Extents, records: Records, leases: Leases, claims: Claims, policy: Policy, room: Room
+    index: Index, extents: Extents, records: Records, leases: Leases, claims: Claims, quotas: Quotas, room: Room
 ) -> None:
     """Compare everything with everything.
 
@@ -25,7 +25,7 @@ def check(
     visible = {slot: entry for entry in index.by_key.values() for slot in index.slots(entry)}
     hidden = {slot for entry in leases.quarantined for slot in index.slots(entry)}
     written = {pending.slots[rank] for pending in claims.pending.values() for rank in pending.written}
-    reserved = {slot for claim in claims.by_ticket.values() for _, slot in claim.parts}
+    reserved = {slot for claim in claims.by_ticket.values() for _, _, slot in claim.parts}
     aside = {slot for held in claims.aside.values() for slot in held.slots}
     groups = (set(visible), hidden, written, reserved, aside)
     taken = set().union(*groups)
@@ -36,8 +36,9 @@ def check(
     free = index.free_slots()
     _expect(len(set(free)) == len(free) and not taken & set(free), "a slot is both free and held, or free twice")
     _expect(len(free) + len(taken) == index.num_slots, "free + held slots are not all slots")
-    _expect(sorted(policy.victims()) == sorted(index.by_key.values()), "policy and index do not hold the same entries")
+    _expect(sorted(quotas.victims()) == sorted(index.by_key.values()), "policy and index do not hold the same entries")
     _check_entries(index, visible)
+    _check_accounts(index, extents, room, quotas, taken)
     _check_leases(index, leases, room)
     _check_claims(claims)
     _check_records(index, records, visible, written, reserved | aside)
@@ -56,6 +57,14 @@ def _check_entries(index: Index, visible: dict[int, int]) -> None:
         _expect(all(index.entry[slot] == entry for slot in slots), "a slot does not know its entry")
     for slot, entry in enumerate(index.entry):
         _expect(entry == 0 or slot in visible or index.keys[entry] == b"", "a slot names an entry that is not its own")
+
+
+def _check_accounts(index: Index, extents: Extents, room: Room, quotas: Quotas, taken: set[int]) -> None:
+    used: Counter[bytes] = Counter()
+    for slot in taken:
+        used[room.origins.tenant(index.origin[slot])] += extents.piece_at(index.offset[slot]).size
+    _expect(dict(used) == quotas.tenant_bytes(), "the bytes of tenants are miscounted")
+    _expect(set(room.unwritten) <= set(index.by_key.values()), "an entry that is gone waits to be written")
 
 
 def _check_leases(index: Index, leases: Leases, room: Room) -> None:

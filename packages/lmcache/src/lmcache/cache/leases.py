@@ -82,16 +82,23 @@ class Leases:
                 self._room.bury(entry)
         self._room.changed()
 
-    def quarantine(self, lease: int, failed: Sequence[int]) -> None:
-        """Take entries of a lease, named by position, out of the index; positions outside it name nothing."""
+    def quarantine(self, lease: int, failed: Sequence[int]) -> list[bytes]:
+        """Take entries of a lease, named by position, out of the index; positions outside it name nothing.
+
+        Returns their keys.
+        """
         entries = self.by_id[lease].entries
+        keys = []
         for position in failed:
             if not 0 <= position < len(entries) or entries[position] in self.quarantined:
                 continue
             entry = entries[position]
+            keys.append(self._index.keys[entry])
             self._policy.remove(entry)
+            self._room.unwritten.take(entry)
             self._index.hide(entry)
             for slot in self._index.slots(entry):
                 self._records.clear(slot)
             self.quarantined.add(entry)
             self.num_quarantined += 1
+        return keys

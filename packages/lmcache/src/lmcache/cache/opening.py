@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 
 from lmcache.cache.base import PAGE_BYTES, PIECE_BYTES
-from lmcache.cache.home import POOL, RECORDS, Home
+from lmcache.cache.home import POOL, RECORDS, Home, check_instance
 from lmcache.cache.pool import Pool
-from lmcache.cache.records import Header, Records
+from lmcache.cache.records import VERSION, Header, Records
 from lmcache.errors import ConfigError, PoolError
 from lmcache.system import File, Files
 
@@ -16,8 +16,17 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def default_root(files: Files) -> str:
-    """Where this user's pools live, one directory a port."""
+    """Where this user's pools live, one directory an instance."""
     return f"{SHARED_MEMORY}/lmcache-{files.user()}"
+
+
+def pool_directory(root: str, instance: str) -> str:
+    """Where the pool of an instance lives.
+
+    Raises:
+        ConfigError: the instance's name cannot be that of a directory.
+    """
+    return f"{root}/{check_instance(instance)}"
 
 
 def check_fits(total_bytes: int, files: Files, *, reusable_bytes: int = 0, path: str = SHARED_MEMORY) -> None:
@@ -41,15 +50,24 @@ def check_fits(total_bytes: int, files: Files, *, reusable_bytes: int = 0, path:
 
 
 def open_pool(
-    directory: str, total_bytes: int, chunk_tokens: int, files: Files, *, persist: bool = False
+    directory: str,
+    total_bytes: int,
+    chunk_tokens: int,
+    files: Files,
+    *,
+    persist: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[Pool, Records]:
-    """The pool of a directory ``<root>/<port>``: an earlier server's if it can be adopted, else a new, empty one.
+    """The pool of a directory ``<root>/<instance>``: an earlier server's if it can be adopted, else a new, empty one.
 
-    Adoptable are files of this user alone, of this boot, with the same size and geometry, that no server has locked.
-    Which chunks are found again is read by ``Cache``. A pool of ``total_bytes`` is rounded down to whole pages.
+    Adoptable are files of this user alone, of this boot, with the same size and geometry and of the same version, that
+    no server has locked. Those that are not are removed, also if they were to persist: they would hold memory that
+    nobody else can use. Which chunks are found again is read by ``Cache``. A pool of ``total_bytes`` is rounded down to
+    whole pages.
 
     Args:
         persist: leave the pool behind at a clean stop; the header says so, and ``sweep_leftovers`` then spares it.
+        note: told, in one sentence, why what an earlier server left is not used; not called where nothing was left.
 
     Raises:
         PoolError: another server uses the directory, or it is not safely ours.
@@ -57,32 +75,63 @@ def open_pool(
     total_bytes -= total_bytes % PAGE_BYTES
     home = Home(files, directory)
     home.prepare()
+    left = [name for name in (POOL, RECORDS) if files.inspect(f"{directory}/{name}")]
+    doubts = [f"its file {name} {doubt}" for name in left if (doubt := home.distrust(name))]
     file = home.lock()
     try:
-        return _adopted(home, file, total_bytes, chunk_tokens, persist) or _fresh(
-            home, file, total_bytes, chunk_tokens, persist
-        )
+        adopted = _adopted(home, file, total_bytes, chunk_tokens, persist)
+        if not isinstance(adopted, str):
+            return adopted
+        fresh = _fresh(home, file, total_bytes, chunk_tokens, persist)
     except BaseException:
         file.close()
         raise
+    if left and note is not None:
+        reason = "; ".join(doubts) or adopted
+        note(f"the L1 that the server before left is not used and was removed: {reason}")
+    return fresh
 
 
-def _adopted(home: Home, file: File, total_bytes: int, chunk_tokens: int, persist: bool) -> tuple[Pool, Records] | None:
+def _adopted(home: Home, file: File, total_bytes: int, chunk_tokens: int, persist: bool) -> tuple[Pool, Records] | str:
+    """The pool that is there, or why it cannot be used."""
     records = Records(file)
-    header = records.read_header()
     pool_file = home.open(POOL)
     if pool_file is None:
-        return None
+        return "its pool file is missing"
     info = pool_file.info()
+    header = records.read_header()
     expected = Header(home.files.boot_id(), total_bytes, PIECE_BYTES, chunk_tokens, info.inode, persist)
-    same = header is not None and replace(header, persist=persist) == expected
-    if not same or info.size_bytes != total_bytes:
+    difference = _difference(header, expected, records.read_version(), info.size_bytes)
+    if difference:
         pool_file.close()
-        return None
+        return difference
     if header != expected:
         records.write_header(expected)
     ready_bytes = min(records.read_ready(), total_bytes)
     return Pool(pool_file, total_bytes, records, home, ready_bytes - ready_bytes % PAGE_BYTES), records
+
+
+def _difference(header: Header | None, expected: Header, version: int | None, size_bytes: int) -> str:
+    """What keeps a pool of this header from being used, both values each; empty where nothing does."""
+    if header is None:
+        if version is not None and version != VERSION:
+            return f"its records have version {version}, this server has {VERSION}"
+        return "its records have no header that can be read"
+    differences = []
+    if header.boot_id != expected.boot_id:
+        differences.append("it is from before this machine was last started")
+    for option, theirs, ours in (
+        ("--l1-size-gb", f"{header.pool_bytes / GB:.12g}", f"{expected.pool_bytes / GB:.12g}"),
+        ("--chunk-size", str(header.chunk_tokens), str(expected.chunk_tokens)),
+        ("pieces of", f"{header.piece_bytes} bytes", f"{expected.piece_bytes} bytes"),
+    ):
+        if theirs != ours:
+            differences.append(f"it was made with {option} {theirs}, this server has {ours}")
+    if header.pool_inode != expected.pool_inode:
+        differences.append(f"its records are of pool file {header.pool_inode}, the one there is {expected.pool_inode}")
+    if size_bytes != header.pool_bytes:
+        differences.append(f"its pool file has {size_bytes} bytes, its records say {header.pool_bytes}")
+    return "; ".join(differences)
 
 
 def _fresh(home: Home, file: File, total_bytes: int, chunk_tokens: int, persist: bool) -> tuple[Pool, Records]:
@@ -101,14 +150,14 @@ def _fresh(home: Home, file: File, total_bytes: int, chunk_tokens: int, persist:
 
 
 def sweep_leftovers(root: str, files: Files, *, spare: str = "") -> list[str]:
-    """Remove this user's pools of other ports whose server is dead and was not asked to persist; returns their paths.
+    """Remove this user's pools of other instances whose server is dead and was not asked to persist; returns the paths.
 
-    A killed server must not hold memory until the next boot. Its pool could be adopted by a later start on the same
-    port; that chance is given up when a server starts on another port, unless the dead one ran with ``--l1-persist``.
-    Pools of earlier boots and files that are not understood are removed too.
+    A killed server must not hold memory until the next boot. Its pool could be adopted by a later start of the same
+    instance; that chance is given up when another one starts, unless the dead one ran with ``--l1-persist``. Pools of
+    earlier boots and files that are not understood are removed too.
 
     Args:
-        spare: the directory's name (port) that this server is about to open.
+        spare: name of the instance that is about to open its pool.
     """
     removed = []
     for name in files.names(root):

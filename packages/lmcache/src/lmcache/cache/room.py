@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lmcache.cache.base import PIECE_BYTES
 from lmcache.cache.evict.base import Policy
 from lmcache.cache.extents import NO_SLOT, Extents, Piece
 from lmcache.cache.index import Index
+from lmcache.cache.origins import Origins
 from lmcache.cache.pool import Pool
+from lmcache.cache.quotas import Quotas
 from lmcache.cache.records import Records
+from lmcache.cache.unwritten import Unwritten
+from lmcache.keys import TENANT_BYTES
 
 _WALK = 4096
 """Victims that are looked at before a piece is taken that is not entirely among them."""
@@ -18,13 +24,18 @@ _CANDIDATES = 16
 class Room:
     """Hands out slots with an extent, evicting where it must."""
 
-    def __init__(self, pool: Pool, extents: Extents, index: Index, policy: Policy, records: Records) -> None:
+    def __init__(
+        self, pool: Pool, extents: Extents, index: Index, quotas: Quotas, records: Records, origins: Origins
+    ) -> None:
         self.extents = extents
+        self.origins = origins
+        self.unwritten = Unwritten()
         self.leased: dict[int, int] = {}  # entry -> leases that hold it; such entries are never evicted
         self.num_evicted = 0
+        self._quotas = quotas
         self._pool = pool
         self._index = index
-        self._policy = policy
+        self._policy: Policy = quotas
         self._records = records
         self._grow_budget = 0
         self._has_grown = False
@@ -37,11 +48,14 @@ class Room:
         self._has_grown = False
         self.extents.set_ready(self._pool.ready_bytes)
 
-    def take(self, size: int, num_wanted: int) -> int | None:
-        """A slot with an extent of class ``size``; None when all memory is in use by leases and reservations.
+    def take(self, size: int, num_wanted: int, origin: bytes) -> int | None:
+        """A slot with an extent of class ``size``; None when all memory, or all that the tenant may have, is in use by
+        leases and reservations.
 
         ``num_wanted``: extents that the request still wants, this one included, so that the pool grows once for all.
         """
+        if not self._fits_limit(origin[:TENANT_BYTES], size):
+            return None
         slot = self._take_slot()
         if slot is None:
             return None
@@ -50,11 +64,29 @@ class Room:
                 self._index.give_slot(slot)
                 return None
         self._index.offset[slot] = offset
+        self.own(slot, size, origin)
         return slot
+
+    def own(self, slot: int, size: int, origin: bytes) -> None:
+        """A slot with an extent of class ``size`` is a chunk's of that origin."""
+        self._index.origin[slot] = self.origins.take(origin)
+        self._quotas.add(origin[:TENANT_BYTES], size)
+
+    def relabel(self, slots: Sequence[int], origin: bytes) -> bool:
+        """Extents that were taken for nobody in particular are of this origin; False where its limit forbids it."""
+        sizes = [self.extents.piece_at(self._index.offset[slot]).size for slot in slots]
+        if not self._fits_limit(origin[:TENANT_BYTES], sum(sizes)):
+            return False
+        for slot, size in zip(slots, sizes, strict=True):
+            self._disown(slot, size)
+            self.own(slot, size, origin)
+        return True
 
     def give_back(self, slot: int) -> None:
         """A slot, its record and its extent are free again."""
-        self.extents.free(self._index.offset[slot])
+        offset = self._index.offset[slot]
+        self._disown(slot, self.extents.piece_at(offset).size)
+        self.extents.free(offset)
         self._records.clear(slot)
         self._index.give_slot(slot)
         self._changes += 1
@@ -62,6 +94,7 @@ class Room:
     def evict(self, entry: int) -> None:
         """Forget a visible entry that nobody leases."""
         self._policy.remove(entry)
+        self.unwritten.lose(entry)
         self._index.hide(entry)
         self.bury(entry)
         self.num_evicted += 1
@@ -75,6 +108,20 @@ class Room:
     def changed(self) -> None:
         """Something became evictable."""
         self._changes += 1
+
+    def _disown(self, slot: int, size: int) -> None:
+        number = self._index.origin[slot]
+        self._quotas.subtract(self.origins.tenant(number), size)
+        self.origins.give(number)
+
+    def _fits_limit(self, tenant: bytes, size: int) -> bool:
+        """Make room among the tenant's own entries where its limit demands it; False where that is not enough."""
+        while self._quotas.is_over(tenant, size):
+            victim = next((entry for entry in self._quotas.victims_of(tenant) if entry not in self.leased), None)
+            if victim is None:
+                return False
+            self.evict(victim)
+        return True
 
     def _take_slot(self) -> int | None:
         for _ in range(2):

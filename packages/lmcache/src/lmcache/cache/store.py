@@ -7,22 +7,33 @@ than it says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from lmcache.cache.adopt import adopt
-from lmcache.cache.base import NO_EXTENT, NO_WRITER, Cleared, Found, Limits, Owner, Reservation, State, Usage
+from lmcache.cache.base import NO_WRITER, Cleared, Found, Limits, Owner, Reservation, Usage, Writing
 from lmcache.cache.claims import Claim, Claims, Pending
 from lmcache.cache.evict.base import Policy
 from lmcache.cache.extents import Extents
+from lmcache.cache.granting import Grant, Granting
 from lmcache.cache.index import Index
 from lmcache.cache.integrity import check
 from lmcache.cache.leases import Lease, Leases
+from lmcache.cache.origins import UNKNOWN, Origins
 from lmcache.cache.pool import Pool
+from lmcache.cache.quotas import Quotas
 from lmcache.cache.records import Records, slots_max
 from lmcache.cache.room import Room
 from lmcache.keys import KEY_BYTES
 from lmcache.system import Clock, Entropy
+
+RANKS_MAX = 0xFFFF
+WRITES_MAX = 256
+WRITE_BACK_SHARE = 0.75
+"""Part of L1 that is in use before a write-back begins."""
+
+WRITE_BACK_WALK = 4096
+"""Entries at the old end of L1 that are looked at for a write-back."""
 
 
 class Cache:
@@ -30,10 +41,18 @@ class Cache:
     another."""
 
     def __init__(
-        self, pool: Pool, records: Records, policy: Policy, clock: Clock, limits: Limits, *, entropy: Entropy
+        self,
+        pool: Pool,
+        records: Records,
+        policy: Policy,
+        clock: Clock,
+        limits: Limits,
+        *,
+        entropy: Entropy,
+        has_tiers: bool = False,
     ) -> None:
+        """``has_tiers``: what becomes visible waits to be written to the tiers, see ``take_writes``."""
         self.pool = pool
-        self.policy = policy
         self._records = records
         self._clock = clock
         self._limits = limits
@@ -41,13 +60,21 @@ class Cache:
         self._index = Index(slots_max(pool.total_bytes))
         self._extents = Extents(pool.total_bytes)
         self._extents.set_ready(pool.ready_bytes)
-        self._room = Room(pool, self._extents, self._index, policy, records)
-        self._leases = Leases(self._room, self._index, policy, records, limits)
+        origins = Origins()
+        index = self._index
+        self.quotas = Quotas(policy, lambda entry: origins.tenant(index.origin[index.first_slot(entry)]))
+        self.policy: Policy = self.quotas
+        self._room = Room(pool, self._extents, index, self.quotas, records, origins)
+        self._leases = Leases(self._room, self._index, self.policy, records, limits)
         self._claims = Claims(self._room, self._index, records)
         self._wake = 0.0  # nothing can run out before
         self._poll_at = 0.0
-        self._counts = dict.fromkeys(("refused", "shortened", "leases", "reservations", "adopted"), 0)
-        self._counts["adopted"] = adopt(pool, records, self._index, self._extents, policy, self._claims)
+        self._granting = Granting(self._room, self._extents, self._index, self._claims, self.policy, limits)
+        self._counts = dict.fromkeys(("shortened", "leases", "reservations", "adopted"), 0)
+        adopted = adopt(pool, records, index, self._extents, origins, self.quotas, self._claims)
+        self._counts["adopted"] = adopted.num_entries
+        self._room.unwritten.counts = has_tiers
+        self._room.unwritten.add(adopted.dirty)
 
     def attach_writer(self, owner: Owner, slot: int) -> None:
         """This owner was handed the descriptor of that writer slot (``pool.grant_descriptor``)."""
@@ -74,26 +101,41 @@ class Cache:
         offsets, checksums = self._index.details(wanted)
         return Found(len(entries), number, lease_s, offsets, checksums)
 
+    def prefix_chunks(self, keys: bytes) -> int:
+        """Length of the longest held prefix; nothing is touched."""
+        return len(self._index.prefix(keys))
+
+    def holds_leases(self, owner: Owner) -> bool:
+        """Whether an owner has leases."""
+        return bool(self._leases.of_owner.get(owner))
+
+    @property
+    def num_unwritten(self) -> int:
+        """Entries that wait to be written to the tiers."""
+        return len(self._room.unwritten)
+
     def peek(self, keys: bytes) -> bytes:
         """A byte for each of ``keys`` (32 bytes each), 1 where the chunk is held; nothing is touched."""
         by_key = self._index.by_key
         return bytes(keys[start : start + KEY_BYTES] in by_key for start in range(0, len(keys), KEY_BYTES))
 
-    def release(self, owner: Owner, lease: int, failed: Sequence[int] = ()) -> bool:
-        """End a lease; False when it is not this owner's or is gone.
+    def release(self, owner: Owner, lease: int, failed: Sequence[int] = ()) -> list[bytes] | None:
+        """End a lease; None when it is not this owner's or is gone, else the keys that left the index by it.
 
         ``failed``: chunks whose bytes failed the check, counted from the lease's first chunk. They leave the index
         now, and their extents are free when no lease holds them.
         """
         held = self._leases.by_id.get(lease)
         if held is None or held.owner != owner:
-            return False
-        self._leases.quarantine(lease, failed)
+            return None
+        spoiled = self._leases.quarantine(lease, failed)
         self._leases.end(lease)
         self._records.flush()
-        return True
+        return spoiled
 
-    def reserve(self, owner: Owner, keys: bytes, *, rank: int, world_size: int, extent_bytes: int) -> Reservation:
+    def reserve(
+        self, owner: Owner, keys: bytes, *, rank: int, world_size: int, extent_bytes: int, origin: bytes = UNKNOWN
+    ) -> Reservation:
         """An extent for each chunk that is neither held nor written by somebody else, earlier chunks first.
 
         Once one is FULL, all later ones are: a prefix with a hole is useless.
@@ -102,40 +144,90 @@ class Cache:
             LayoutError: this pool can never hold an extent of that size.
             ValueError: the rank is not below the world size.
         """
-        if not 0 <= rank < world_size <= 0xFFFF:
+        if not 0 <= rank < world_size <= RANKS_MAX:
             raise ValueError(f"rank {rank} is not one of {world_size}")
-        size = self._extents.size_class(extent_bytes)
-        links = [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
-        by_key, pending = self._index.by_key, self._claims.pending
-        self.policy.touch([entry for key in reversed(links) if (entry := by_key.get(key)) is not None])
-        states = bytearray(len(links))
-        offsets = [NO_EXTENT] * len(links)
-        claim = Claim(owner, rank, self._clock.now() + self._limits.reservation_s)
-        shape = (world_size, extent_bytes)
-        full = False
-        self._room.begin(self._limits.inline_grow_bytes)
-        for position, key in enumerate(links):
-            other = pending.get(key)
-            if key in by_key:
-                states[position] = State.HELD
-            elif other is not None and (rank in other.slots or other.shape != shape):
-                states[position] = State.BUSY
-            elif full or (slot := self._room.take(size, len(links) - position)) is None:
-                full = True
-                states[position] = State.FULL
-                self._counts["refused"] += 1
-                if other is not None:
-                    self._claims.doom(other)
+        grant = self._granting.reserve(owner, keys, rank, (world_size, extent_bytes), origin, self._clock.now())
+        return self._issue(grant)
+
+    def admit(self, owner: Owner, key: bytes, *, world_size: int, extent_bytes: int) -> Reservation:
+        """Extents of all ranks for one chunk that comes from a tier: one state, an offset a rank if granted.
+
+        Raises:
+            LayoutError, ValueError: as ``reserve``.
+        """
+        if not 0 < world_size <= RANKS_MAX:
+            raise ValueError(f"{world_size} ranks")
+        return self._issue(self._granting.admit(owner, key, (world_size, extent_bytes), self._clock.now()))
+
+    def publish(
+        self,
+        owner: Owner,
+        ticket: int,
+        checksums: Sequence[int],
+        *,
+        origin: bytes,
+        extent_bytes: int,
+        unwritten: bool = False,
+    ) -> int | None:
+        """Make an admitted chunk visible, now that its header has told its origin and its extents' true length.
+
+        ``unwritten``: not all tiers have it. Returns 1, or 0 where the tenant's limit leaves no room for it (the
+        extents are free then); None and ValueError as ``commit``.
+        """
+        held = self._claims.by_ticket.get(ticket)
+        if held is None or held.owner != owner:
+            return self.commit(owner, ticket, checksums)
+        pending = held.parts[0][0]
+        world_size, granted_bytes = pending.shape
+        size_class = self._extents.size_class
+        if not held.promoted or size_class(extent_bytes) != size_class(granted_bytes):
+            raise ValueError("not a chunk of that length from a tier")
+        if not self._room.relabel([slot for _, _, slot in held.parts], origin):
+            self.abort(owner, ticket)
+            return 0
+        pending.shape = (world_size, extent_bytes)
+        pending.promoted = not unwritten
+        num_extents = self.commit(owner, ticket, checksums)
+        return None if num_extents is None else min(num_extents, 1)
+
+    def take_writes(self, owner: Owner, bytes_max: int, *, from_old_end: bool) -> list[Writing]:
+        """Chunks that no tier has yet, each leased to ``owner``, as many as fit into ``bytes_max`` and one more.
+
+        Args:
+            from_old_end: take those that will be evicted next, and only while L1 is nearly full.
+        """
+        unwritten = self._room.unwritten
+        if not len(unwritten):
+            return []
+        chosen: list[Writing] = []
+        for entry in self._next_to_go() if from_old_end else islice(unwritten, WRITES_MAX):
+            if bytes_max <= 0 or len(chosen) >= WRITES_MAX:
+                break
+            if entry in unwritten:
+                if not self._leases.pin([entry], self._lease_limit_bytes()):
+                    break
+                bytes_max -= self._leases.entry_bytes(entry)
+                number = self._number()
+                self._leases.add(number, owner, self._clock.now() + self._limits.lease_s, [entry])
+                chosen.append(self._writing(number, entry))
+        for writing in chosen:
+            unwritten.take(self._index.by_key[writing.key])
+        return chosen
+
+    def written(self, owner: Owner, lease: int, *, kept: bool) -> bool:
+        """The end of a ``Writing``; one that is not ``kept`` by the tiers waits for another turn."""
+        held = self._leases.by_id.get(lease)
+        if held is None or held.owner != owner:
+            return False
+        entry = held.entries[0]
+        if entry not in self._leases.quarantined:
+            if kept:
+                self._records.mark_clean(self._index.slots(entry))
             else:
-                states[position] = State.GRANTED
-                offsets[position] = self._index.offset[slot]
-                self._claims.claim(claim, key, shape, slot)
-        ticket = 0
-        if claim.parts:
-            ticket = self._number()
-            self._claims.add(ticket, claim)
+                self._room.unwritten.add([entry])
+        self._leases.end(lease)
         self._records.flush()
-        return Reservation(ticket, bytes(states), offsets)
+        return True
 
     def commit(self, owner: Owner, ticket: int, checksums: Sequence[int]) -> int | None:
         """Publish the granted extents, one checksum each in order; returns how many are visible or will be.
@@ -152,7 +244,7 @@ class Cache:
         if len(checksums) != len(held.parts):
             raise ValueError(f"{len(checksums)} checksums for {len(held.parts)} extents")
         claim = self._claims.take(ticket)
-        num_published = sum(not pending.doomed for pending, _ in claim.parts)
+        num_published = sum(not pending.doomed for pending, _, _ in claim.parts)
         complete = self._claims.commit(claim, list(checksums))
         self._records.flush()
         self.policy.insert(self._claims.reveal(complete))
@@ -220,7 +312,7 @@ class Cache:
             IntegrityError: they contradict each other, or free + held is not the total.
         """
         self._extents.set_ready(self.pool.ready_bytes)
-        check(self._index, self._extents, self._records, self._leases, self._claims, self.policy, self._room)
+        check(self._index, self._extents, self._records, self._leases, self._claims, self.quotas, self._room)
 
     def usage(self) -> Usage:
         """State and counters."""
@@ -240,7 +332,9 @@ class Cache:
             num_slots=index.slots_max,
             num_quarantined=leases.num_quarantined,
             num_evicted=self._room.num_evicted,
-            num_refused_full=counts["refused"],
+            num_refused_full=self._granting.num_refused,
+            num_unwritten=len(self._room.unwritten),
+            num_lost=self._room.unwritten.num_lost,
             num_shortened=counts["shortened"],
             num_expired_leases=counts["leases"],
             num_expired_reservations=counts["reservations"],
@@ -251,6 +345,9 @@ class Cache:
     def close(self, *, persist: bool) -> None:
         """End of this cache's life: nothing may be called after it. Without ``persist`` its files are removed."""
         self._records.flush()
+        if persist:
+            slots = [slot for entry in self.policy.victims() for slot in self._index.slots(entry)]
+            self._records.write_order(slots)
         self.pool.close(persist=persist)
 
     def _expiring(self) -> tuple[dict[int, Lease], dict[int, Claim], dict[bytes, Pending]]:
@@ -285,6 +382,25 @@ class Cache:
         """Of the pool as it is meant to be, unless it cannot become so large."""
         size = self.pool.total_bytes if self.pool.growth_stopped is None else self.pool.ready_bytes
         return size * self._limits.leased_share
+
+    def _next_to_go(self) -> Iterator[int]:
+        if self._extents.used_bytes < WRITE_BACK_SHARE * self.pool.total_bytes:
+            return iter(())
+        return iter(list(islice(self.policy.victims(), WRITE_BACK_WALK)))
+
+    def _writing(self, lease: int, entry: int) -> Writing:
+        index = self._index
+        offsets, checksums = index.details([entry])
+        origin = self._room.origins.of(index.origin[index.first_slot(entry)])
+        return Writing(lease, index.keys[entry], origin, index.extent_bytes[entry], offsets, checksums)
+
+    def _issue(self, grant: Grant) -> Reservation:
+        ticket = 0
+        if grant.claim.parts:
+            ticket = self._number()
+            self._claims.add(ticket, grant.claim)
+        self._records.flush()
+        return Reservation(ticket, bytes(grant.states), grant.offsets)
 
     def _number(self) -> int:
         """A number of 63 bits that nobody can guess, and that names no lease or reservation yet."""

@@ -32,9 +32,9 @@ from lmcache.wire.messages import (
     Commit,
     Committed,
     Granted,
-    Message,
     Ping,
     Pong,
+    Reply,
     Request,
     Reserve,
 )
@@ -63,11 +63,13 @@ LOAD_THREADS = min(2, os.cpu_count() or 1)
 @dataclass(frozen=True, slots=True)
 class StoreJob:
     """Store chunks: ``keys`` concatenated, ``blocks`` the engine's block ids, [num_chunks, blocks_per_chunk]
-    row-major."""
+    row-major. ``tenant`` and ``namespace``: whose they are (``wire.messages.Reserve``)."""
 
     id: int
     keys: bytes
     blocks: tuple[int, ...]
+    tenant: bytes
+    namespace: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +242,12 @@ class CopyWorker:
         for start in range(0, num_chunks, STORE_CHUNKS_MAX):
             stop = min(start + STORE_CHUNKS_MAX, num_chunks)
             keys = job.keys[start * KEY_BYTES : stop * KEY_BYTES]
-            if not self._store_part(line, job.id, keys, job.blocks[start * per_chunk : stop * per_chunk], per_chunk):
+            if not self._store_part(line, job, keys, job.blocks[start * per_chunk : stop * per_chunk], per_chunk):
                 return
 
-    def _store_part(self, line: Line, job_id: int, keys: bytes, blocks: tuple[int, ...], per_chunk: int) -> bool:
+    def _store_part(self, line: Line, job: StoreJob, keys: bytes, blocks: tuple[int, ...], per_chunk: int) -> bool:
         """Store some chunks; False when the rest of the job is pointless."""
-        granted = self._reserve(line, keys)
+        granted = self._reserve(line, Reserve(0, keys=keys, tenant=job.tenant, namespace=job.namespace))
         if granted is None:
             return False
         chosen = [index for index, state in enumerate(granted.states) if state == GRANTED]
@@ -267,7 +269,7 @@ class CopyWorker:
             assert line.pool is not None
             checksums = self._engine.store(line.pool, plan, STORE_THREADS)
             with self._shared.lock:
-                marked = job_id in self._shared.marked
+                marked = job.id in self._shared.marked
             if not marked:
                 committed = self._call(line, Commit(0, ticket=ticket, checksums=checksums), ANSWER_S)
                 ticket = 0
@@ -278,10 +280,10 @@ class CopyWorker:
                 self._call(line, Abort(0, ticket=ticket), ANSWER_S)
         return not marked
 
-    def _reserve(self, line: Line, keys: bytes) -> Granted | None:
+    def _reserve(self, line: Line, request: Reserve) -> Granted | None:
         """Extents for keys; None when refused or late. A grant that comes late is given back when it comes."""
         self._abort_late(line)
-        request_id = line.client.send(Reserve(0, keys=keys))
+        request_id = line.client.send(request)
         self._late[request_id] = time.monotonic()
         deadline = time.monotonic() + RESERVE_S
         while (left_s := deadline - time.monotonic()) > 0 and line.client.poll(left_s):
@@ -299,7 +301,7 @@ class CopyWorker:
             self._link.drop(line, f"the server did not answer a reservation within {ANSWER_S:g} s")
             raise PeerSilent("the server is silent")
 
-    def _give_back(self, line: Line, reply: Message) -> None:
+    def _give_back(self, line: Line, reply: Reply) -> None:
         if self._late.pop(reply.id, None) is not None and isinstance(reply, Granted) and reply.ticket:
             line.client.send(Abort(0, ticket=reply.ticket))
 
@@ -318,7 +320,7 @@ class CopyWorker:
             logger.debug("page tables are not filled ahead: %s", error)
             return True
 
-    def _call(self, line: Line, request: Request, timeout_s: float) -> Message | None:
+    def _call(self, line: Line, request: Request, timeout_s: float) -> Reply | None:
         """One request; None when the server refused it. A server that is silent is dropped."""
         try:
             return line.client.call(request, timeout_s)

@@ -11,13 +11,18 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from lmcache.connectors.link import Line, Link
 from lmcache.errors import PeerSilent
-from lmcache.wire.messages import KEYS_MAX, Found, Lookup, Refused, Release
+from lmcache.wire.messages import KEYS_MAX, Found, Lookup, Promoting, Refused, Release
 
 LOOKUP_S = 1.0
 """A lookup takes well under a millisecond; a server that needs this long is stopped, and the engine goes on without
 it."""
+
+PROMOTION_S = 2.0
+"""How long a request waits for chunks that come from the tiers; after that it takes what has arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,10 @@ class Question:
     """One lookup under way. ``answer`` is None both before it is ``over`` and for a miss."""
 
     line: Line
-    first_chunk: int
-    deadline: float
+    request: Lookup
+    deadline: float  # of the request that is on its way
+    patience_ends: float  # no promotion is waited for any longer
+    again_at: float | None = None  # when to ask again: chunks are on their way from the tiers
     over: bool = False
     abandoned: bool = False
     answer: Prefix | None = None
@@ -56,6 +63,7 @@ class SchedulerSession:
         self._now = now
         self._line: Line | None = None
         self._asked: dict[int, Question] = {}
+        self._promoting: set[Question] = set()
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -73,21 +81,15 @@ class SchedulerSession:
         line = self._refresh()
         if line is None:
             return None
-        request = Lookup(0, keys=b"".join(keys[:KEYS_MAX]), first_chunk=first_chunk, counted=counted)
-        try:
-            request_id = line.client.send(request)
-        except PeerSilent as error:
-            self._drop(line, str(error))
-            return None
-        question = Question(line, first_chunk, self._now() + LOOKUP_S)
-        self._asked[request_id] = question
-        return question
+        request = Lookup(0, keys=b"".join(keys[:KEYS_MAX]), first_chunk=first_chunk, counted=counted, promote=True)
+        question = Question(line, request, 0.0, self._now() + PROMOTION_S)
+        return question if self._send(question) else None
 
     def poll(self, question: Question) -> bool:
         """Whether the question is over: answered, timed out, or its server gone."""
         if not question.over:
             self.pump()
-        if not question.over and self._now() >= question.deadline:
+        if not question.over and question.again_at is None and self._now() >= question.deadline:
             self._drop(question.line, f"the server did not answer a lookup within {LOOKUP_S:g} s")
         return question.over
 
@@ -95,6 +97,9 @@ class SchedulerSession:
         """Nobody waits for this answer any more; a lease that it brought, or will bring, is given back."""
         if question.answer is not None:
             self.release(question.answer)
+        elif question.again_at is not None:
+            self._promoting.discard(question)
+            self._release(question.line, question.request.promotion, ())
         question.over, question.abandoned, question.answer = True, True, None
 
     def release(self, prefix: Prefix, failed: Sequence[int] = ()) -> None:
@@ -120,6 +125,40 @@ class SchedulerSession:
                 question.over = True
                 if question.answer is None:
                     self._release(line, reply.lease, ())
+            elif isinstance(reply, Promoting):
+                self._wait_for(question, reply)
+        self._ask_again()
+
+    def _wait_for(self, question: Question, reply: Promoting) -> None:
+        if question.abandoned:
+            self._release(question.line, reply.promotion, ())
+            return
+        question.request = msgspec.structs.replace(question.request, promotion=reply.promotion)
+        question.again_at = self._now() + reply.retry_ms / 1000
+        self._promoting.add(question)
+
+    def _ask_again(self) -> None:
+        """Repeat the questions whose time has come; out of patience, ask for what L1 has by now."""
+        now = self._now()
+        for question in [question for question in self._promoting if (question.again_at or 0.0) <= now]:
+            self._promoting.discard(question)
+            question.again_at = None
+            if now >= question.patience_ends:
+                self._release(question.line, question.request.promotion, ())
+                question.request = msgspec.structs.replace(question.request, promotion=0, promote=False)
+            if question.over or not self._send(question):
+                question.over = True
+
+    def _send(self, question: Question) -> bool:
+        """Send a question's request; False when the server cannot be reached (its line is dropped then)."""
+        try:
+            request_id = question.line.client.send(question.request)
+        except PeerSilent as error:
+            self._drop(question.line, str(error))
+            return False
+        question.deadline = self._now() + LOOKUP_S
+        self._asked[request_id] = question
+        return True
 
     def register_again(self) -> None:
         """Tell the server what this engine is from now on, by the link's registration; the answer is not waited for."""
@@ -141,9 +180,10 @@ class SchedulerSession:
         if line is not self._line:
             if self._line is not None:
                 self._line.client.close()
-                for question in self._asked.values():
+                for question in (*self._asked.values(), *self._promoting):
                     question.over = True
                 self._asked.clear()
+                self._promoting.clear()
             self._line = line
         return line
 
@@ -161,9 +201,9 @@ class SchedulerSession:
 
 def _read(reply: Found, question: Question, now: float) -> Prefix | None:
     """The prefix that a reply describes, or None for a miss (a reply that contradicts itself is one, too)."""
-    num_leased = reply.num_chunks - question.first_chunk
+    num_leased = reply.num_chunks - question.request.first_chunk
     offsets, checksums = array("Q", reply.offsets), array("Q", reply.checksums)
     if num_leased <= 0 or not reply.lease or len(offsets) != len(checksums) or len(offsets) % num_leased:
         return None
     until = now + reply.lease_s
-    return Prefix(question.line, reply.num_chunks, question.first_chunk, reply.lease, until, offsets, checksums)
+    return Prefix(question.line, reply.num_chunks, question.request.first_chunk, reply.lease, until, offsets, checksums)

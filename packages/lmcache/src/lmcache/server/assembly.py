@@ -12,18 +12,23 @@ from dataclasses import dataclass
 from lmcache.cache.base import Limits
 from lmcache.cache.evict import make_policy
 from lmcache.cache.home import POOL
-from lmcache.cache.opening import check_fits, default_root, open_pool, sweep_leftovers
+from lmcache.cache.opening import check_fits, default_root, open_pool, pool_directory, sweep_leftovers
 from lmcache.cache.store import Cache
-from lmcache.config import ServerConfig
+from lmcache.config import GB, ServerConfig
 from lmcache.errors import ConfigError, WireError
+from lmcache.keys import tenant_id
 from lmcache.metrics import Counters
 from lmcache.server import report
 from lmcache.server.core import Core, Ends
 from lmcache.server.dispatch import Dispatcher
 from lmcache.server.growth import Growth
+from lmcache.server.limits_file import LimitsFile, state_folder
 from lmcache.server.ports import PortInUse
+from lmcache.server.promotions import Promotions
 from lmcache.server.sessions import Instance, Sessions
 from lmcache.server.supervisor import Supervisor
+from lmcache.server.tenants import Tenants
+from lmcache.server.tiering import Tiering
 from lmcache.system import SystemClock, SystemEntropy, SystemFiles
 from lmcache.wire import messages as m
 from lmcache.wire.door import Door, private_umask, share
@@ -112,10 +117,18 @@ def _core(
 
     def snapshot() -> bytes:
         frame = report.Frame(__version__, config.chunk_tokens, config.eviction_policy.upper(), clock.now() - started_at)
-        return report.document(cache.usage(), counters, sessions.instances(), frame, core.fault)
+        engines = [instance for instance in sessions.instances() if instance is not tiering.cascade]
+        counters.promotions = tiering.promotions.num_started
+        counters.abandoned_promotions = tiering.promotions.num_abandoned
+        return report.document(cache.usage(), counters, engines, frame, core.fault)
 
-    dispatcher = Dispatcher(cache, sessions, counters, welcome, snapshot, log.info)
-    core = Core(ends, cache, sessions, dispatcher, counters, supervisor, growth, clock, attached)
+    tenants = Tenants()
+    for salt, limit_gb in LimitsFile(state_folder(config.instance)).load().items():
+        tenants.limit(salt, limit_gb)
+        cache.quotas.set_limit(tenant_id(salt), int(limit_gb * GB))
+    tiering = Tiering(cache, sessions, Promotions(clock, SystemEntropy()), clock)
+    dispatcher = Dispatcher(cache, sessions, tiering, tenants, counters, welcome, snapshot, log.info)
+    core = Core(ends, cache, sessions, dispatcher, tiering, counters, supervisor, growth, clock, attached)
     return core
 
 
@@ -123,14 +136,17 @@ def _open_cache(config: ServerConfig, clock: SystemClock) -> Cache:
     """The L1 cache, with what an earlier server on this port left if that can be trusted."""
     files = SystemFiles()
     policy = make_policy(config.eviction_policy)
-    root, name = default_root(files), str(config.rpc_port)
+    root, name = default_root(files), config.instance
+    directory = pool_directory(root, name)
     for path in sweep_leftovers(root, files, spare=name):
         log.info("removed the pool of a dead server: %s", path)
-    directory = f"{root}/{name}"
     before = files.inspect(f"{directory}/{POOL}")
     check_fits(config.l1_bytes, files, reusable_bytes=before.size_bytes if before else 0)
-    pool, records = open_pool(directory, config.l1_bytes, config.chunk_tokens, files, persist=config.persist)
-    cache = Cache(pool, records, policy, clock, Limits(), entropy=SystemEntropy())
+    pool, records = open_pool(
+        directory, config.l1_bytes, config.chunk_tokens, files, persist=config.persist, note=log.warning
+    )
+    has_tiers = bool(config.tiers) and config.write_policy != "read-only"
+    cache = Cache(pool, records, policy, clock, Limits(), entropy=SystemEntropy(), has_tiers=has_tiers)
     num_adopted = cache.usage().num_adopted
     if num_adopted:
         log.info("found %d extents of the server before this one again", num_adopted)

@@ -16,6 +16,23 @@ import click
 @click.option("--attach-path", metavar="PATH", help="Where engines attach.  [default: a private folder of this user]")
 @click.option("--attach-group", metavar="NAME", help="Let members of this group attach besides this user.")
 @click.option("--l1-persist", is_flag=True, help="Keep L1 over a clean stop, for the next start on this machine.")
+@click.option("--instance-id", metavar="NAME", help="What L1 and limits are found again by.  [default: the port]")
+@click.option("--l2-path", metavar="DIR", help="Keep KV in this folder too; nothing is written to disk otherwise.")
+@click.option("--l2-size-gb", type=float, metavar="N", help="Room that --l2-path may take.")
+@click.option(
+    "--l2-adapter",
+    "l2_adapters",
+    multiple=True,
+    metavar="JSON",
+    help="A tier below L1, or @FILE with its JSON; repeatable.",
+)
+@click.option(
+    "--l2-write-policy",
+    default="write-through",
+    show_default=True,
+    metavar="NAME",
+    help="write-through, write-back (when L1 needs the room) or read-only.",
+)
 @click.pass_context
 def server(
     context: click.Context,
@@ -29,11 +46,17 @@ def server(
     attach_path: str | None,
     attach_group: str | None,
     l1_persist: bool,
+    instance_id: str | None,
+    l2_path: str | None,
+    l2_size_gb: float | None,
+    l2_adapters: tuple[str, ...],
+    l2_write_policy: str,
 ) -> None:
     """Keep the KV cache of engines on this machine and hand it back instead of computing it again."""
     from lmcache.config import GB, ServerConfig
     from lmcache.errors import LMCacheError
     from lmcache.server import run
+    from lmcache.server.tier_options import read_tiers
 
     try:
         config = ServerConfig(
@@ -47,6 +70,9 @@ def server(
             attach_path=attach_path,
             attach_group=attach_group,
             persist=l1_persist,
+            instance_id=instance_id,
+            tiers=read_tiers(l2_path, l2_size_gb, l2_adapters),
+            write_policy=l2_write_policy,
         )
         run.serve(config)
     except LMCacheError as error:

@@ -18,11 +18,12 @@ from lmcache.server.dispatch import Dispatcher
 from lmcache.server.growth import Growth
 from lmcache.server.sessions import Instance, Sessions
 from lmcache.server.supervisor import Supervisor
+from lmcache.server.tiering import Tiering
 from lmcache.system import Clock
 from lmcache.wire import codec
 from lmcache.wire import messages as m
 from lmcache.wire.door import Door, Visitor
-from lmcache.wire.peer import Listener, Received
+from lmcache.wire.peer import Listener, Peer, Received
 from lmcache.wire.poller import Poller
 
 MESSAGES_MAX = 64
@@ -30,6 +31,9 @@ MESSAGES_MAX = 64
 
 CHECKED_ENTRIES_MAX = 10_000
 """Entries whose books are looked through in one go: about 3 us each, so a request waits 30 ms for it at most."""
+
+DRAIN_S = 10.0
+"""How long a stop may take for chunks that no tier has yet."""
 
 _IDLE_S = 10.0
 _COMPLAINT_S = 10.0
@@ -61,6 +65,7 @@ class Core:
         cache: Cache,
         sessions: Sessions,
         dispatcher: Dispatcher,
+        tiering: Tiering,
         counters: Counters,
         supervisor: Supervisor,
         growth: Growth,
@@ -72,6 +77,7 @@ class Core:
         self._cache = cache
         self._sessions = sessions
         self._dispatcher = dispatcher
+        self._tiering = tiering
         self._counters = counters
         self._supervisor = supervisor
         self._growth = growth
@@ -79,7 +85,7 @@ class Core:
         self._attached = attached
         self._local = LocalAddresses()
         self._door_numbers = {id(door): number for number, door in enumerate(ends.listener.doors)}
-        self._is_stopping = False
+        self._stop_at: float | None = None  # when a stop waits no longer for the tiers
         self._sweep_at: float | None = None
         self._check_at: float | None = None
         self._complained_at = -_COMPLAINT_S
@@ -94,8 +100,13 @@ class Core:
         poller.watch(self._ends.door.fileno())
         poller.watch(self._ends.wake.fileno())
         self._watch_service()
-        while not self._is_stopping:
+        while not self._is_over():
             self.turn()
+
+    def _is_over(self) -> bool:
+        if self._stop_at is None:
+            return False
+        return self._tiering.is_drained or self._clock.now() >= self._stop_at
 
     def turn(self) -> None:
         """Wait for anything, then do all of it."""
@@ -112,7 +123,13 @@ class Core:
 
     def _patience_s(self) -> float | None:
         """How long nothing needs doing: until the first deadline, or without end."""
-        deadlines = (self._sweep_at, self._check_at, self._supervisor.restart_at, self._sessions.next_deadline())
+        deadlines = (
+            self._sweep_at,
+            self._check_at,
+            self._stop_at,
+            self._supervisor.restart_at,
+            self._sessions.next_deadline(),
+        )
         first = min((deadline for deadline in deadlines if deadline is not None), default=None)
         return None if first is None else max(0.0, first - self._clock.now())
 
@@ -124,8 +141,10 @@ class Core:
             self._supervisor.start()
             self._sessions.expect_service(self._supervisor.token)
             self._watch_service()
-        left_s = self._cache.sweep()
-        self._sweep_at = None if left_s is None else now + left_s
+        waits = [left_s for left_s in (self._cache.sweep(), self._tiering.sweep()) if left_s is not None]
+        self._sweep_at = now + min(waits) if waits else None
+        for peer, reply in self._tiering.due():
+            self._send(peer, reply)
         if self._check_at is not None and self._check_at <= now:
             self._check_at = None
             self._check()
@@ -150,9 +169,12 @@ class Core:
             reply = self._answer(received)
             if reply is not None:
                 self._counters.refused += isinstance(reply, m.Refused)
-                if not self._ends.listener.send(received.peer, reply):
-                    self._counters.unsent += 1
-                    self._sessions.forget(received.peer)
+                self._send(received.peer, reply)
+
+    def _send(self, peer: Peer, reply: m.Reply) -> None:
+        if not self._ends.listener.send(peer, reply):
+            self._counters.unsent += 1
+            self._sessions.forget(peer)
 
     def _answer(self, received: Received) -> m.Reply | None:
         """The reply to one message; None for what has no id to answer to."""
@@ -209,6 +231,7 @@ class Core:
         """A process ended: all it held is free before this turn is over."""
         self._ends.poller.forget(instance.visitor.socket.fileno())
         self._cache.drop_owner(instance.id)
+        self._tiering.drop_owner(instance)
         self._sessions.drop(instance)
         instance.visitor.close()
         self._counters.detaches += 1
@@ -294,9 +317,18 @@ class Core:
         except BlockingIOError:
             return
         if any(number in _STOP_SIGNALS for number in numbers):
-            self._is_stopping = True
+            self._stop()
         if 0 in numbers:
             self._report_growth()
+
+    def _stop(self) -> None:
+        """End, but write down to the tiers first what only L1 has; a second signal ends that, too."""
+        is_first = self._stop_at is None
+        self._tiering.is_stopping = True
+        self._stop_at = self._clock.now() + (DRAIN_S if is_first else 0.0)
+        if is_first and not self._tiering.is_drained:
+            num_unwritten = self._cache.num_unwritten
+            log.info("writing %d chunks to the tiers before the end, for %g s at most", num_unwritten, DRAIN_S)
 
     def _report_growth(self) -> None:
         pool = self._cache.pool

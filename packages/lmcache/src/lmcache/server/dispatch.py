@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import sys
 from array import array
 from collections.abc import Callable
 
 import msgspec
 
 from lmcache.cache.extents import Extents
+from lmcache.cache.origins import LAYOUT_BYTES
 from lmcache.cache.store import Cache
+from lmcache.config import GB
 from lmcache.errors import LayoutError
-from lmcache.keys import KEY_BYTES
+from lmcache.keys import KEY_BYTES, NAMESPACE_PREFIX_BYTES, TENANT_BYTES, tenant_id
 from lmcache.metrics import Counters
+from lmcache.server.refusal import Refusal, count_keys, demand, words
 from lmcache.server.sessions import Instance, Sessions
 from lmcache.server.tenants import SALT_BYTES_MAX, Known, Tenants, TooMany
+from lmcache.server.tiering import RETRY_MS, Tiering
 from lmcache.wire import messages as m
 from lmcache.wire.peer import Peer
 
-_U32_BYTES, _U64_BYTES = 4, 8
 RANKS_MAX = 4096
 _GROUPS_MAX, _DEVICES_MAX, _TEXT_MAX = 64, 64, 512
-
-if sys.byteorder != "little":
-    raise ImportError("lists on the wire are little-endian, and so must be this machine")
-
-
-class Refusal(Exception):
-    """A request that is not carried out; becomes the reply ``Refused``."""
-
-    def __init__(self, code: str, message: str, retry_ms: int = 0) -> None:
-        super().__init__(message)
-        self.code = code
-        self.retry_ms = retry_ms
 
 
 class Dispatcher:
@@ -43,6 +34,8 @@ class Dispatcher:
         self,
         cache: Cache,
         sessions: Sessions,
+        tiering: Tiering,
+        tenants: Tenants,
         counters: Counters,
         welcome: m.Welcome,
         report: Callable[[], bytes],
@@ -51,14 +44,16 @@ class Dispatcher:
         """``welcome`` is the answer to Hello but for its id; ``report`` makes the snapshot, ``note`` logs one event."""
         self._cache = cache
         self._sessions = sessions
+        self._tiering = tiering
+        self._tenants = tenants
         self._counters = counters
         self._welcome = welcome
         self._report = report
         self._note = note
-        self._tenants = Tenants()
 
-    def answer(self, peer: Peer, request: m.Request) -> m.Reply:
-        """The reply to one request; a refusal is a reply, and so is a fault of ours (the caller counts those).
+    def answer(self, peer: Peer, request: m.Request) -> m.Reply | None:
+        """The reply to one request, None where it comes later; a refusal is a reply, and so is a fault of ours (the
+        caller counts those).
 
         Raises:
             Exception: a fault in here or in the cache.
@@ -70,7 +65,7 @@ class Dispatcher:
         except LayoutError as error:
             return m.Refused(request.id, m.REFUSED_LAYOUT, str(error))
 
-    def _answer(self, peer: Peer, request: m.Request) -> m.Reply:
+    def _answer(self, peer: Peer, request: m.Request) -> m.Reply | None:
         match request:
             case m.Lookup():
                 return self._lookup(self._speaker(peer), request)
@@ -100,14 +95,16 @@ class Dispatcher:
                 return m.Cleared(request.id, cleared.num_entries, cleared.num_kept)
             case m.Peek():
                 self._demand_service(peer)
-                _count_keys(request.keys)
+                count_keys(request.keys)
                 return m.Held(request.id, self._cache.peek(request.keys))
             case m.Tenants():
                 self._demand_service(peer)
-                return m.Report(request.id, self._tenants.document())
+                return m.Report(request.id, self._tenants.document(self._cache.quotas.used_bytes, request.salt))
             case m.Limit():
                 self._demand_service(peer)
                 return self._limit(request)
+            case _:
+                return self._tiering.answer(peer, self._speaker(peer), request)
 
     # --- who speaks
 
@@ -138,16 +135,16 @@ class Dispatcher:
     def _register(self, instance: Instance, request: m.Register) -> m.Reply:
         texts = (request.model, request.engine)
         is_worker = request.role == "worker"
-        _demand(is_worker or request.role == "scheduler", "role is 'scheduler' or 'worker'")
-        _demand(max(map(len, texts)) <= _TEXT_MAX, f"model and engine have at most {_TEXT_MAX} letters")
-        _demand(1 <= request.world_size <= RANKS_MAX, f"world_size is 1 to {RANKS_MAX}")
-        _demand(0 <= request.rank < request.world_size, "rank is 0 to world_size - 1")
-        _demand(len(request.groups) <= _GROUPS_MAX, f"at most {_GROUPS_MAX} layer groups")
-        _demand(len(request.device_ids) <= _DEVICES_MAX, f"at most {_DEVICES_MAX} devices")
+        demand(is_worker or request.role == "scheduler", "role is 'scheduler' or 'worker'")
+        demand(max(map(len, texts)) <= _TEXT_MAX, f"model and engine have at most {_TEXT_MAX} letters")
+        demand(1 <= request.world_size <= RANKS_MAX, f"world_size is 1 to {RANKS_MAX}")
+        demand(0 <= request.rank < request.world_size, "rank is 0 to world_size - 1")
+        demand(len(request.groups) <= _GROUPS_MAX, f"at most {_GROUPS_MAX} layer groups")
+        demand(len(request.device_ids) <= _DEVICES_MAX, f"at most {_DEVICES_MAX} devices")
         if is_worker:
-            _demand(instance.writer_slot is not None, "a worker attaches with want_pool")
+            demand(instance.writer_slot is not None, "a worker attaches with want_pool")
             Extents(self._cache.pool.total_bytes).size_class(request.extent_bytes)
-        _demand(len(request.namespace) in (0, KEY_BYTES), f"namespace has {KEY_BYTES} bytes, or none")
+        demand(len(request.namespace) in (0, KEY_BYTES), f"namespace has {KEY_BYTES} bytes, or none")
         former = instance.registration
         if former is not None:
             if former.namespace != request.namespace:
@@ -155,6 +152,7 @@ class Dispatcher:
             if msgspec.structs.replace(former, id=request.id, namespace=request.namespace) != request:
                 self._cache.drop_owner(instance.id)
         instance.registration = request
+        instance.layout = _layout(request)
         if request.namespace:
             self._tenants.meet(Known(*texts, request.world_size, request.namespace.hex()))
         self._note(
@@ -176,20 +174,33 @@ class Dispatcher:
         return m.Done(request.id)
 
     def _limit(self, request: m.Limit) -> m.Reply:
-        _demand(len(request.salt.encode()) <= SALT_BYTES_MAX, f"a salt with a limit has at most {SALT_BYTES_MAX} bytes")
+        demand(len(request.salt.encode()) <= SALT_BYTES_MAX, f"a salt with a limit has at most {SALT_BYTES_MAX} bytes")
         is_number = request.limit_gb is None or (math.isfinite(request.limit_gb) and request.limit_gb >= 0)
-        _demand(is_number, "a limit is a number of GB, 0 or more")
+        demand(is_number, "a limit is a number of GB, 0 or more")
         try:
-            return m.Limited(request.id, self._tenants.limit(request.salt, request.limit_gb))
+            existed = self._tenants.limit(request.salt, request.limit_gb)
         except TooMany as error:
             raise Refusal(m.REFUSED_BUSY, str(error)) from None
+        limit_bytes = None if request.limit_gb is None else int(request.limit_gb * GB)
+        self._cache.quotas.set_limit(tenant_id(request.salt), limit_bytes)
+        return m.Limited(request.id, existed)
 
     # --- verbs of the cache
 
     def _lookup(self, instance: Instance, request: m.Lookup) -> m.Reply:
-        num_keys = _count_keys(request.keys)
-        _demand(0 <= request.first_chunk <= num_keys, "first_chunk is 0 to the number of keys")
+        num_keys = count_keys(request.keys)
+        demand(0 <= request.first_chunk <= num_keys, "first_chunk is 0 to the number of keys")
+        if request.promotion and self._tiering.promotions.is_running(instance.id, request.promotion):
+            return m.Promoting(request.id, request.promotion, self._cache.prefix_chunks(request.keys), RETRY_MS)
         found = self._cache.lookup(instance.id, request.keys, lease=request.lease, first_chunk=request.first_chunk)
+        if found.num_chunks < num_keys and request.promote and not request.promotion:
+            # A prefix that was cut by the cap on leased bytes is in L1 to its end: no tier need be asked.
+            num_held = self._cache.prefix_chunks(request.keys)
+            promotion = self._tiering.promote(instance, request, num_held) if num_held < num_keys else None
+            if promotion is not None:
+                if found.lease:
+                    self._cache.release(instance.id, found.lease)
+                return m.Promoting(request.id, promotion, num_held, RETRY_MS)
         counters = self._counters
         if request.counted:
             counters.lookups += 1
@@ -206,32 +217,41 @@ class Dispatcher:
         )
 
     def _release(self, instance: Instance, request: m.Release) -> m.Reply:
-        _demand(len(request.failed) % _U32_BYTES == 0, "failed is a list of uint32")
-        failed = array("I")
-        failed.frombytes(request.failed)
-        if not self._cache.release(instance.id, request.lease, failed.tolist()):
+        failed = words("failed", request.failed, "I")
+        if self._tiering.promotions.give_up(instance.id, request.lease):
+            return m.Done(request.id)
+        spoiled = self._cache.release(instance.id, request.lease, failed)
+        if spoiled is None:
             raise Refusal(m.REFUSED_OWNER, "this lease is not yours, or has ended")
+        self._tiering.spoil(spoiled)
         self._counters.retrieves += 1
         return m.Done(request.id)
 
     def _reserve(self, instance: Instance, request: m.Reserve) -> m.Reply:
-        _count_keys(request.keys)
+        count_keys(request.keys)
         shape = instance.registration
         if shape is None or shape.role != "worker":
             raise Refusal(m.REFUSED_INVALID, "only a registered worker may reserve")
+        demand(len(request.tenant) == TENANT_BYTES, f"a tenant has {TENANT_BYTES} bytes")
+        demand(
+            len(request.namespace) == NAMESPACE_PREFIX_BYTES, f"a namespace begins with {NAMESPACE_PREFIX_BYTES} bytes"
+        )
         granted = self._cache.reserve(
-            instance.id, request.keys, rank=shape.rank, world_size=shape.world_size, extent_bytes=shape.extent_bytes
+            instance.id,
+            request.keys,
+            rank=shape.rank,
+            world_size=shape.world_size,
+            extent_bytes=shape.extent_bytes,
+            origin=request.tenant + request.namespace + instance.layout,
         )
         self._counters.reserved_chunks += granted.states.count(m.GRANTED)
         offsets = array("Q", granted.offsets).tobytes()
         return m.Granted(request.id, granted.ticket, granted.states, offsets, self._cache.pool.ready_bytes)
 
     def _commit(self, instance: Instance, request: m.Commit) -> m.Reply:
-        _demand(len(request.checksums) % _U64_BYTES == 0, "checksums is a list of uint64")
-        checksums = array("Q")
-        checksums.frombytes(request.checksums)
+        checksums = words("checksums", request.checksums, "Q")
         try:
-            num_chunks = self._cache.commit(instance.id, request.ticket, checksums.tolist())
+            num_chunks = self._cache.commit(instance.id, request.ticket, checksums)
         except ValueError as error:
             raise Refusal(m.REFUSED_INVALID, str(error)) from None
         if num_chunks is None:
@@ -247,16 +267,11 @@ class Dispatcher:
         return m.Done(request.id)
 
 
-def _demand(holds: bool, rule: str) -> None:
-    if not holds:
-        raise Refusal(m.REFUSED_INVALID, rule)
-
-
-def _count_keys(keys: bytes) -> int:
-    num_keys, rest = divmod(len(keys), KEY_BYTES)
-    _demand(rest == 0, f"keys are {KEY_BYTES} bytes each")
-    _demand(0 < num_keys <= m.KEYS_MAX, f"a request names 1 to {m.KEYS_MAX} keys, not {num_keys}")
-    return num_keys
+def _layout(shape: m.Register) -> bytes:
+    """Fingerprint of what an engine says of its layout; the number of its blocks is not part of it."""
+    groups = [msgspec.structs.replace(group, num_blocks=0, concrete_shape="") for group in shape.groups]
+    text = msgspec.json.encode((shape.world_size, shape.extent_bytes, groups))
+    return hashlib.sha256(text).digest()[:LAYOUT_BYTES]
 
 
 def _one_line(text: str) -> str:

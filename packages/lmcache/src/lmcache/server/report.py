@@ -29,6 +29,7 @@ def document(usage: Usage, counters: Counters, instances: list[Instance], frame:
     counters.full_chunks = usage.num_refused_full
     counters.expired_leases = usage.num_expired_leases
     counters.expired_reservations = usage.num_expired_reservations
+    counters.lost_chunks = usage.num_lost
     counters.adopted_chunks = usage.num_adopted
     counters.shortened_lookups = usage.num_shortened
     status = _status(usage, instances, frame, reason)
@@ -39,6 +40,7 @@ def document(usage: Usage, counters: Counters, instances: list[Instance], frame:
         l1_memory_leased_bytes=usage.leased_bytes,
         l1_usage_ratio=usage.used_bytes / usage.total_bytes,
         l1_chunks=usage.num_entries,
+        unwritten_chunks=usage.num_unwritten,
         attached_processes=len(instances),
         active_sessions=usage.num_leases + usage.num_reservations,
         uptime_seconds=frame.uptime_s,

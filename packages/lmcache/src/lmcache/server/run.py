@@ -37,6 +37,7 @@ def serve(config: ServerConfig) -> None:
     """
     level = _log_level()
     logging.basicConfig(level=level, format=LOG_FORMAT)
+    _check_tiers(config)
     _raise_file_limit()
     gid = _group(config.attach_group)
     rpc_endpoint = ports.endpoint(config.host, config.rpc_port)
@@ -48,6 +49,8 @@ def serve(config: ServerConfig) -> None:
             "endpoint": f"ipc://{path}.rpc",
             "version": __version__,
             "config": {**asdict(config), "attach_path": path},
+            "tier_names": config.tier_names(),
+            "instance": config.instance,
             "log_level": level,
             "log_format": LOG_FORMAT,
         }
@@ -76,6 +79,9 @@ def _announce(config: ServerConfig) -> None:
             '\'{"kv_connector":"LMCacheMPConnector","kv_role":"kv_both","kv_connector_extra_config":'
             f'{{"lmcache.mp.host":"tcp://localhost","lmcache.mp.port":{config.rpc_port}}}}}\''
         )
+    for name, options in zip(config.tier_names(), config.tiers, strict=True):
+        shown = ", ".join(f"{key} {value}" for key, value in options.items() if key != "type")
+        print(f"L2 {name}: {shown or 'default options'} ({config.write_policy})")
     print(f"engines of this machine use it with: {command}", flush=True)
 
 
@@ -84,6 +90,15 @@ def _log_level() -> str:
     if level not in _LEVELS:
         raise ConfigError(f"LMCACHE_LOG_LEVEL is one of {', '.join(_LEVELS)}, not {level!r}")
     return level
+
+
+def _check_tiers(config: ServerConfig) -> None:
+    """Options are judged here, where a wrong one can still end the start; the service process opens the tiers."""
+    if config.tiers:
+        from lmcache.tiers import make_tier
+
+        for options in config.tiers:
+            make_tier(options)
 
 
 def _raise_file_limit() -> None:

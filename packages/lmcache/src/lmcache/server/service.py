@@ -12,10 +12,16 @@ import logging
 import os
 import signal
 import socket
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from lmcache.server import http
+from lmcache.server.limits_file import LimitsFile, state_folder
 from lmcache.server.link import CoreLink
+from lmcache.system import SystemClock
+
+if TYPE_CHECKING:
+    from lmcache.cascade.run import Cascade
 
 _BOOT_BYTES_MAX = 64 << 10
 _PR_SET_PDEATHSIG = 1
@@ -48,8 +54,12 @@ def _read_boot(core: socket.socket) -> dict[str, Any]:
 
 async def _serve(core: socket.socket, boot: dict[str, Any]) -> None:
     link = CoreLink(boot["endpoint"], bytes.fromhex(boot["token"]))
-    server = http.build_server(http.build_app(link, boot["config"], boot["config"]["chunk_tokens"], boot["version"]))
+    cascade = _cascade(boot)
+    limits = LimitsFile(state_folder(boot["instance"]))
+    app = http.build_app(link, cascade, limits, boot["config"], boot["config"]["chunk_tokens"], boot["version"])
+    server = http.build_server(app)
     loop = asyncio.get_running_loop()
+    jobs = [] if cascade is None else [asyncio.create_task(_run_cascade(cascade, server.stop))]
     core.setblocking(False)
 
     def core_gone() -> None:
@@ -63,6 +73,34 @@ async def _serve(core: socket.socket, boot: dict[str, Any]) -> None:
         await server.serve(sockets=[listener])
     finally:
         link.close()
+        for job in jobs:
+            job.cancel()
+            await asyncio.wait([job])
+        if cascade is not None:
+            await cascade.close()
+
+
+def _cascade(boot: dict[str, Any]) -> Cascade | None:
+    config = boot["config"]
+    if not config["tiers"]:
+        return None
+    from lmcache.cascade.run import Cascade
+    from lmcache.tiers import make_tier
+
+    tiers = [(name, make_tier(options)) for name, options in zip(boot["tier_names"], config["tiers"], strict=True)]
+    token = bytes.fromhex(boot["token"])
+    return Cascade(config["attach_path"], token, tiers, policy=config["write_policy"], clock=SystemClock())
+
+
+async def _run_cascade(cascade: Cascade, stop: Callable[[], None]) -> None:
+    """A cascade that fails ends the service process: the core starts another one."""
+    try:
+        await cascade.run()
+    except asyncio.CancelledError:
+        raise
+    except BaseException:
+        log.exception("the cascade failed")
+        stop()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Instance:
     writer_slot: int | None = None  # what the pool knows it by, if it was given the pool
     peer: Peer | None = None
     registration: Register | None = None
+    layout: bytes = b""  # fingerprint of what was registered
 
     def __str__(self) -> str:
         return f"instance {self.id} ({self.name}, pid {self.pid})"
@@ -139,6 +140,10 @@ class Sessions:
         """The next service process will present ``token``; the one before it speaks no more."""
         self._service_token = token
         self._service_peer = None
+
+    def is_service_token(self, token: bytes) -> bool:
+        """Whether this is what the service process was told."""
+        return bool(self._service_token) and hmac.compare_digest(token, self._service_token)
 
     def is_service(self, peer: Peer) -> bool:
         """Whether this connection is the service process's."""

@@ -1,14 +1,17 @@
 """What the core keeps for the HTTP API alone: limits of tenants, and how the keys of each engine begin.
 
-Both live as long as the core: a restart of the service process loses nothing, a restart of the server forgets them.
-Limits are recorded and shown; nothing enforces them yet.
+Both live as long as the core: a restart of the service process loses nothing. A restart of the server forgets which
+engines it has met; limits are kept in a file.
 """
 
 from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+from lmcache.keys import tenant_id
 
 LIMITS_MAX = 1024
 SALT_BYTES_MAX = 256
@@ -71,9 +74,17 @@ class Tenants:
         for known in [known for known in self._known if known.namespace == namespace]:
             del self._known[known]
 
-    def document(self) -> bytes:
-        """JSON: {"limits_gb": {salt: number}, "known": [Known, newest first]}."""
-        return _encode({"limits_gb": self._limits_gb, "known": [asdict(item) for item in reversed(self._known)]})
+    def document(self, used_bytes: Callable[[bytes], int], asked: str | None = None) -> bytes:
+        """JSON: {"limits_gb": {salt: number}, "used_bytes": {salt: bytes of L1}, "known": [Known, newest first]}.
+
+        Args:
+            used_bytes: of a tenant, by ``keys.tenant_id``.
+            asked: a salt whose bytes are told whether it has a limit or not.
+        """
+        salts = {*self._limits_gb, *(() if asked is None else (asked,))}
+        used = {salt: used_bytes(tenant_id(salt)) for salt in salts}
+        known = [asdict(item) for item in reversed(self._known)]
+        return _encode({"limits_gb": self._limits_gb, "used_bytes": used, "known": known})
 
 
 def _encode(value: object) -> bytes:

@@ -7,12 +7,12 @@ from typing import TypeVar
 import msgspec
 
 from lmcache.errors import WireError
+from lmcache.wire.message import Message
 from lmcache.wire.messages import (
     FRAME_BYTES_MAX,
     REFUSED_INVALID,
     REFUSED_VERSION,
     WIRE_VERSION,
-    Message,
     Reply,
     Request,
 )

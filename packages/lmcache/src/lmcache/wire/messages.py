@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import msgspec
 
-WIRE_VERSION = 2
+from lmcache.keys import NAMESPACE_PREFIX_BYTES, TENANT_BYTES
+from lmcache.wire.message import Message
+from lmcache.wire.orders import Admit, Admitted, Enlist, Orders, Promoted, Publish, Work, Written
+
+WIRE_VERSION = 3
 
 NO_EXTENT = (1 << 64) - 1
 """Offset that stands for "none" in a reply."""
@@ -37,12 +41,6 @@ class KernelGroup(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     attention_backend: str
     shape: str  # symbolic: "NL x [2, NB, BS, NH, HS]"
     concrete_shape: str  # "80 x [2, 2048, 128, 8, 128]"
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Base of all messages."""
-
-    id: int
 
 
 # --- received by the core ---------------------------------------------------------------------------------------------
@@ -76,16 +74,23 @@ class Register(Message, frozen=True, tag="register", gc=True):
 
 
 class Lookup(Message, frozen=True, tag="lookup"):
-    """How long a prefix of these chunks is held? Leases it if ``lease`` is set and the prefix is not empty."""
+    """How long a prefix of these chunks is held? Leases it if ``lease`` is set and the prefix is not empty.
+
+    With ``promote``, what L1 lacks is looked for in the tiers below, and the answer may be ``Promoting``: then ask
+    again with the number that it gave. Without, the answer is what L1 holds at this moment."""
 
     keys: bytes  # KEY_BYTES each, in prompt order
     lease: bool = True
     first_chunk: int = 0  # leading chunks that the engine holds itself: looked up, not leased nor answered in detail
     counted: bool = True  # False for a repetition on behalf of the same request: metrics count a prompt once
+    promote: bool = False
+    promotion: int = 0  # of the answer to this question before; 0 for the first time
 
 
 class Release(Message, frozen=True, tag="release"):
-    """Ends a lease. ``failed`` names the chunks (little-endian uint32 indices into the lease) whose check failed."""
+    """Ends a lease, or gives a promotion up.
+
+    ``failed`` names the chunks (little-endian uint32 indices into the lease) whose check failed."""
 
     lease: int
     failed: bytes = b""
@@ -95,6 +100,8 @@ class Reserve(Message, frozen=True, tag="reserve"):
     """Asks for an extent of this worker's size for each chunk that is not held yet."""
 
     keys: bytes
+    tenant: bytes = bytes(TENANT_BYTES)  # keys.tenant_id of the request's salt: whose quota the chunks count against
+    namespace: bytes = bytes(NAMESPACE_PREFIX_BYTES)  # leading bytes of the request's namespace
 
 
 class Commit(Message, frozen=True, tag="commit"):
@@ -133,7 +140,11 @@ class Peek(Message, frozen=True, tag="peek"):
 
 
 class Tenants(Message, frozen=True, tag="tenants"):
-    """The limits of tenants and the namespaces of engines (service process only)."""
+    """The limits of tenants and the namespaces of engines (service process only).
+
+    With a ``salt``, also what that tenant has, whether it has a limit or not."""
+
+    salt: str | None = None
 
 
 class Limit(Message, frozen=True, tag="limit"):
@@ -158,6 +169,12 @@ Request = (
     | Peek
     | Tenants
     | Limit
+    | Enlist
+    | Orders
+    | Written
+    | Admit
+    | Publish
+    | Promoted
 )
 
 
@@ -197,6 +214,21 @@ class Found(Message, frozen=True, tag="found"):
     lease_s: float  # from now
     offsets: bytes
     checksums: bytes
+
+
+class Promoting(Message, frozen=True, tag="promoting"):
+    """Answer to Lookup: the tiers are being looked through, or chunks are on their way from them to L1.
+
+    Ask again after ``retry_ms`` with this number, within ``PROMOTION_PATIENCE_S`` or it ends; asking counts as
+    waiting. Nothing is leased yet.
+    """
+
+    promotion: int
+    num_chunks: int  # in L1 so far, from the first on
+    retry_ms: int
+
+
+PROMOTION_PATIENCE_S = 5.0
 
 
 class Granted(Message, frozen=True, tag="granted"):
@@ -259,7 +291,22 @@ REFUSED_BUSY = "busy"  # a limit is reached: see retry_ms
 REFUSED_LAYOUT = "layout"  # an extent of that size cannot be had from this pool
 REFUSED_INTERNAL = "internal"  # a fault of the server: nothing was changed for certain
 
-Reply = Welcome | Done | Pong | Found | Granted | Committed | Report | Cleared | Held | Limited | Refused
+Reply = (
+    Welcome
+    | Done
+    | Pong
+    | Found
+    | Promoting
+    | Granted
+    | Committed
+    | Report
+    | Cleared
+    | Held
+    | Limited
+    | Work
+    | Admitted
+    | Refused
+)
 
 
 # --- attach: one frame each way over a unix stream socket (4-byte little-endian length, msgpack) ----------------------

@@ -20,15 +20,17 @@ class LRU:
 
     def insert(self, entries: Sequence[int]) -> None:
         younger, older = self._younger, self._older
+        missing = max(entries, default=0) + 1 - len(younger)
+        if missing > 0:
+            younger.extend(array("i", [0]) * missing)
+            older.extend(array("i", [0]) * missing)
+        youngest = older[0]
         for entry in entries:
-            while entry >= len(younger):
-                younger.append(0)
-                older.append(0)
-            youngest = older[0]
             younger[youngest] = entry
             older[entry] = youngest
-            younger[entry] = 0
-            older[0] = entry
+            youngest = entry
+        younger[youngest] = 0
+        older[0] = youngest
 
     def touch(self, entries: Sequence[int]) -> None:
         younger, older = self._younger, self._older

@@ -27,7 +27,7 @@ from lmcache.connectors.transformers.caches import (
 from lmcache.connectors.transformers.identity import engine_fields
 from lmcache.connectors.transformers.windows import Windows
 from lmcache.errors import ConfigError, LayoutError
-from lmcache.keys import extend, namespace, request_namespace
+from lmcache.keys import NAMESPACE_PREFIX_BYTES, extend, namespace, request_namespace, tenant_id
 from lmcache.transfer._native import pack_tokens
 from lmcache.wire.messages import KEYS_MAX, KernelGroup, Register
 
@@ -177,7 +177,14 @@ class KVCacheSession:
             logger.warning("a cache is not stored: %s", error)
             return 0
         memory = self._open(tensors, num_chunks * chunk)
-        job = StoreJob(self._new_job(memory), b"".join(keys), self._blocks(memory, num_chunks * chunk))
+        parent = request_namespace(self._namespace, salt, {}, chunk)
+        job = StoreJob(
+            self._new_job(memory),
+            b"".join(keys),
+            self._blocks(memory, num_chunks * chunk),
+            tenant_id(salt),
+            parent[:NAMESPACE_PREFIX_BYTES],
+        )
         self._copier.store(job)
         if self._wait(job.id, time.monotonic() + BUDGET_S) is None:
             self._copier.mark([job.id])  # what it has copied is not published: the cache may change from now on
@@ -222,7 +229,8 @@ class KVCacheSession:
         if question is None:
             return None
         while not asking.poll(question):
-            left_s = min(deadline, question.deadline) - time.monotonic()
+            until = question.deadline if question.again_at is None else question.again_at
+            left_s = min(deadline, until) - time.monotonic()
             if left_s > 0:
                 question.line.client.poll(left_s)
         prefix = question.answer

@@ -16,6 +16,8 @@ class Store:
     request_id: str
     keys: bytes
     blocks: tuple[int, ...]
+    tenant: bytes
+    namespace: bytes
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,8 @@ class SchedulerHalf:
         # From the first chunk on: what is held is only touched, so that a prefix never grows older than what follows it
         # (evicted first, it would leave the rest unreachable), and what was lost meanwhile is stored again.
         blocks = tuple(tracker.blocks[: stop * per_chunk])
-        self._next.stores.append(Store(job, tracker.request.request_id, b"".join(keys[:stop]), blocks))
+        linked = b"".join(keys[:stop])
+        self._next.stores.append(Store(job, tracker.request.request_id, linked, blocks, chain.tenant, chain.namespace))
 
     def _preempted(self, request_id: str) -> None:
         """vLLM has taken the blocks back: copies that still run may read what is no longer theirs."""

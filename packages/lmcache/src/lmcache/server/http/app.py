@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 
 from lmcache.server import exposition
-from lmcache.server.http import prefix, tenancy
+from lmcache.server.http import prefix, tenancy, tier_views
 from lmcache.server.http.replies import Rejected, ask, read_body, read_object, reply
+from lmcache.server.limits_file import LimitsFile
 from lmcache.server.link import CoreLink
 from lmcache.wire.messages import Clear, Cleared, Report, Snapshot
 from lmcache_cli import api
+
+if TYPE_CHECKING:
+    from lmcache.cascade.run import Cascade
 
 TIERS = ("l1",)
 
@@ -33,7 +37,14 @@ _CLEAR_BODY = {
 }
 
 
-def build_app(link: CoreLink, config: Mapping[str, object], chunk_tokens: int, version: str) -> FastAPI:
+def build_app(
+    link: CoreLink,
+    cascade: Cascade | None,
+    limits: LimitsFile,
+    config: Mapping[str, object],
+    chunk_tokens: int,
+    version: str,
+) -> FastAPI:
     """The application. ``config`` is what ``/config`` shows: settings only, nothing of the environment."""
     app = FastAPI(title="LMCache HTTP API", version=version, redoc_url=None)
 
@@ -42,9 +53,9 @@ def build_app(link: CoreLink, config: Mapping[str, object], chunk_tokens: int, v
         assert isinstance(rejected, Rejected)
         return reply({rejected.word: str(rejected)}, rejected.status)
 
-    _add_core_routes(app, link)
-    tenancy.add_routes(app, link)
-    prefix.add_routes(app, link, chunk_tokens)
+    _add_core_routes(app, link, cascade)
+    tenancy.add_routes(app, link, cascade, limits)
+    prefix.add_routes(app, link, cascade, chunk_tokens)
 
     @app.get(api.PATH_ROOT)
     async def root() -> dict[str, str]:
@@ -64,7 +75,7 @@ def build_app(link: CoreLink, config: Mapping[str, object], chunk_tokens: int, v
     return app
 
 
-def _add_core_routes(app: FastAPI, link: CoreLink) -> None:
+def _add_core_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None) -> None:
     unhealthy: dict[int | str, dict[str, Any]] = {503: {"model": api.Health}}
 
     @app.get(api.PATH_HEALTH, response_model=api.Health, responses=unhealthy)
@@ -78,13 +89,19 @@ def _add_core_routes(app: FastAPI, link: CoreLink) -> None:
     @app.get(api.PATH_STATUS, response_model=api.Status)
     async def status() -> Response:
         """State of the core, the pool and the registered engines."""
-        return reply((await _snapshot(link))["status"])
+        status = (await _snapshot(link))["status"]
+        if cascade is not None:
+            status["storage_manager"]["l2_adapters"] = [
+                api.to_json(tier_views.adapter(state)) for state in await cascade.states()
+            ]
+        return reply(status)
 
     @app.get(api.PATH_METRICS)
     async def metrics() -> Response:
         """Counters and gauges as Prometheus text."""
         document = await _snapshot(link)
-        text = exposition.render(document["counters"], document["gauges"])
+        states = [] if cascade is None else await cascade.states()
+        text = exposition.render(document["counters"], document["gauges"], states)
         return Response(text, media_type=exposition.CONTENT_TYPE)
 
     @app.post(api.PATH_CLEAR, response_model=api.ClearReply, openapi_extra={"requestBody": _CLEAR_BODY})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 
@@ -14,6 +14,9 @@ from lmcache.server.link import CoreLink
 from lmcache.server.tenants import SALT_BYTES_MAX
 from lmcache.wire.messages import KEYS_MAX, Held, Peek, Report, Tenants
 from lmcache_cli import api
+
+if TYPE_CHECKING:
+    from lmcache.cascade.run import Cascade
 
 LOOKUP_BYTES_MAX = 16 << 20
 PLACES_MAX = 65_536
@@ -40,7 +43,7 @@ _BODY = {
 }
 
 
-def add_routes(app: FastAPI, link: CoreLink, chunk_tokens: int) -> None:
+def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, chunk_tokens: int) -> None:
     """Add the one route."""
 
     @app.post(api.PATH_LOOKUP, response_model=api.LookupReply, openapi_extra={"requestBody": _BODY})
@@ -63,25 +66,27 @@ def add_routes(app: FastAPI, link: CoreLink, chunk_tokens: int) -> None:
                 f"an answer lists at most {PLACES_MAX} chunks, of all models together: name a model, or ask for less",
             )
         packed = await asyncio.to_thread(pack_tokens, asked.token_ids)
-        models = [await _prefix(link, item, packed, asked.cache_salt, chunk_tokens) for item in known]
+        models = [await _prefix(link, cascade, item, packed, asked.cache_salt, chunk_tokens) for item in known]
         found = api.LookupReply(chunk_tokens, len(asked.token_ids), models)
         return await asyncio.to_thread(lambda: reply(api.to_json(found)))
 
 
 async def _prefix(
-    link: CoreLink, known: dict[str, Any], packed: bytes, salt: str, chunk_tokens: int
+    link: CoreLink, cascade: Cascade | None, known: dict[str, Any], packed: bytes, salt: str, chunk_tokens: int
 ) -> api.ModelPrefix:
     parent = request_namespace(bytes.fromhex(known["namespace"]), salt, {}, chunk_tokens)
     keys = await asyncio.to_thread(extend, parent, packed, chunk_tokens)
-    states = b""
+    tiers: list[str | None] = []
     if keys:
         assert len(keys) <= KEYS_MAX
         states = (await ask(link.ask, Peek(0, b"".join(keys)), Held)).states
-    chunks = [
-        api.ChunkPlace(index, index * chunk_tokens, chunk_tokens, TIER if state else None)
-        for index, state in enumerate(states)
-    ]
-    num_held = len(states) - len(states.lstrip(b"\1"))
+        tiers = [TIER if state else None for state in states]
+        missing = [index for index, tier in enumerate(tiers) if tier is None]
+        if cascade is not None and missing:
+            for index, name in zip(missing, await cascade.names_of([keys[i] for i in missing]), strict=True):
+                tiers[index] = name
+    chunks = [api.ChunkPlace(index, index * chunk_tokens, chunk_tokens, tier) for index, tier in enumerate(tiers)]
+    num_held = tiers.index(None) if None in tiers else len(tiers)
     return api.ModelPrefix(known["model"], known["engine"], known["world_size"], num_held * chunk_tokens, chunks)
 
 

@@ -1,20 +1,28 @@
-"""/quota: limits of tenants. They are recorded and shown; nothing enforces them yet."""
+"""/quota: how much of L1, and of each tier that can count it, a tenant may take, and takes."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from fastapi import FastAPI, Request, Response
 from starlette.convertors import Convertor, register_url_convertor
 
+from lmcache.config import GB
+from lmcache.errors import ConfigError
+from lmcache.keys import tenant_id
 from lmcache.server.http.replies import Rejected, ask, read_body, read_object, reply
+from lmcache.server.limits_file import LimitsFile
 from lmcache.server.link import CoreLink
 from lmcache.server.tenants import SALT_BYTES_MAX
 from lmcache.wire.messages import Limit, Limited, Report, Tenants
 from lmcache_cli import api
+
+if TYPE_CHECKING:
+    from lmcache.cascade.run import Cascade
 
 _LIMIT_BODY = {
     "required": True,
@@ -46,22 +54,58 @@ class _Any(Convertor[str]):
 register_url_convertor("any", _Any())
 
 
-def add_routes(app: FastAPI, link: CoreLink) -> None:
+class Keeper:
+    """Changes limits in the core and in their file, one change at a time."""
+
+    def __init__(self, link: CoreLink, file: LimitsFile) -> None:
+        self._link = link
+        self._file = file
+        self._turn = asyncio.Lock()
+
+    async def change(self, salt: str, limit_gb: float | None) -> bool:
+        """Set or remove a limit, so that it outlives the server; returns whether there was one.
+
+        Raises:
+            Rejected: it cannot be kept, and was not changed.
+        """
+        async with self._turn:
+            before = (await _tenants(self._link, None))["limits_gb"]
+            limited = await ask(self._link.ask, Limit(0, salt, limit_gb), Limited, "error")
+            after = {name: limit for name, limit in before.items() if name != salt}
+            if limit_gb is not None:
+                after[salt] = limit_gb
+            if after != before:
+                try:
+                    await asyncio.to_thread(self._file.save, after)
+                except ConfigError as error:
+                    await ask(self._link.ask, Limit(0, salt, before.get(salt)), Limited, "error")
+                    raise Rejected(503, f"{error}; nothing was changed", "error") from None
+            return limited.existed
+
+
+def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, file: LimitsFile) -> None:
     """Add the four verbs."""
+    keeper = Keeper(link, file)
 
     @app.get(api.PATH_QUOTA, response_model=api.QuotaList)
     async def list_limits() -> Response:
         """Every tenant that has a limit."""
-        limits = await _limits(link)
-        users = {_path_form(salt): {"limit_gb": limit, "current_usage_gb": None} for salt, limit in limits.items()}
-        return reply({"users": users})
+        document = await _tenants(link, None)
+        tiers = await _tier_bytes(cascade)
+        users = {
+            _path_form(salt): api.QuotaUser(limit, *_usage(salt, document, tiers))
+            for salt, limit in document["limits_gb"].items()
+        }
+        return reply(api.to_json(api.QuotaList(users)))
 
     @app.get(_PATH, response_model=api.Quota)
     async def get_limit(request: Request) -> Response:
         """The limit of one tenant; a tenant without one has 0 and does not exist."""
         salt = _salt(request)
-        limits = await _limits(link)
-        found = api.Quota(_path_form(salt), limits.get(salt, 0.0), None, salt in limits)
+        document = await _tenants(link, salt)
+        limits = document["limits_gb"]
+        usage = _usage(salt, document, await _tier_bytes(cascade))
+        found = api.Quota(_path_form(salt), limits.get(salt, 0.0), *usage, salt in limits)
         return reply(api.to_json(found))
 
     @app.put(_PATH, response_model=api.QuotaChange, openapi_extra={"requestBody": _LIMIT_BODY})
@@ -69,21 +113,34 @@ def add_routes(app: FastAPI, link: CoreLink) -> None:
         """Set the limit of one tenant."""
         salt = _salt(request)
         limit_gb = _limit_gb(read_object(await read_body(request), "error"))
-        await ask(link.ask, Limit(0, salt, limit_gb), Limited, "error")
+        await keeper.change(salt, limit_gb)
         return reply({"cache_salt": _path_form(salt), "limit_gb": limit_gb, "status": "ok"})
 
     @app.delete(_PATH, response_model=api.QuotaChange)
     async def remove_limit(request: Request) -> Response:
         """Remove the limit of one tenant."""
         salt = _salt(request)
-        limited = await ask(link.ask, Limit(0, salt, None), Limited, "error")
-        return reply({"cache_salt": _path_form(salt), "status": "removed" if limited.existed else "not_found"})
+        existed = await keeper.change(salt, None)
+        return reply({"cache_salt": _path_form(salt), "status": "removed" if existed else "not_found"})
 
 
-async def _limits(link: CoreLink) -> dict[str, float]:
-    report = await ask(link.ask, Tenants(0), Report, "error")
-    limits: dict[str, float] = json.loads(report.document)["limits_gb"]
-    return limits
+async def _tenants(link: CoreLink, salt: str | None) -> dict[str, Any]:
+    report = await ask(link.ask, Tenants(0, salt), Report, "error")
+    document: dict[str, Any] = json.loads(report.document)
+    return document
+
+
+async def _tier_bytes(cascade: Cascade | None) -> dict[str, dict[bytes, int]]:
+    """By tier, and there by tenant; tiers that cannot tell are left out."""
+    states = [] if cascade is None else await cascade.states()
+    return {state.name: state.usage.tenant_bytes for state in states if state.usage.tenant_bytes is not None}
+
+
+def _usage(salt: str, document: dict[str, Any], tiers: dict[str, dict[bytes, int]]) -> tuple[float, dict[str, float]]:
+    """GB of L1, and of L1 and each tier."""
+    l1_gb = document["used_bytes"][salt] / GB
+    tenant = tenant_id(salt)
+    return l1_gb, {"l1": l1_gb, **{name: used.get(tenant, 0) / GB for name, used in tiers.items()}}
 
 
 def _salt(request: Request) -> str:

@@ -1,0 +1,27 @@
+"""Tiers as the HTTP API shows them."""
+
+from __future__ import annotations
+
+from lmcache.cascade.run import TierState
+from lmcache_cli import api
+
+
+def adapter(state: TierState) -> api.L2Adapter:
+    """One entry of ``/status``."""
+    usage, tier = state.usage, state.tier
+    free_slots = None
+    if usage.num_slots is not None and usage.num_objects is not None:
+        free_slots = usage.num_slots - usage.num_objects
+    return api.L2Adapter(
+        is_healthy=state.is_up,
+        type=tier.kind,
+        name=state.name,
+        reason=state.problem,
+        backend=tier.backend,
+        base_path=tier.place,
+        stored_object_count=usage.num_objects,
+        pool_size=usage.num_slots,
+        pool_free_slots=free_slots,
+        current_size_bytes=usage.used_bytes,
+        max_capacity_bytes=usage.capacity_bytes,
+    )
