@@ -5,9 +5,11 @@
 A scripted engine, a process of its own, notes CLOCK_MONOTONIC just before each write. The sender is the one that
 `bench engine` uses: ``load.drive`` over ``stream.measure``, closed loop, prompts of 4,000 words, 47 pieces a second in
 each stream; the display is the one that it shows, on a terminal that a third process reads. "In step": the engine
-writes to all streams at the same moments, as one that batches does, so that a piece also waits for those before it;
-else each stream keeps its own time. Every text is checked to be the one that was written, and no time of arrival may
-lie before its writing. Runs on Linux, where ``time.perf_counter`` is the same in all processes.
+writes to all streams at the same moments, as one that batches does; else each stream keeps its own time. The
+sender has its times of arrival from the kernel; "read" is what it has where the kernel does not say (another system),
+the time of reading: a piece then also waits for those before it, and for a core. That row is shown and not judged.
+Every text is checked to be the one that was written, and no time of arrival may lie before its writing. Runs on Linux,
+where ``time.perf_counter`` is the same in all processes.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import common
 
@@ -31,6 +34,7 @@ from scripted_engine import MODEL, Asked, Behaviour, ScriptedEngine
 from lmcache_cli import progress
 from lmcache_cli.bench.base import Listed, Outcome, Pacing, Request
 from lmcache_cli.bench.load import drive
+from lmcache_cli.bench.stamped import StampedSocket
 from lmcache_cli.bench.stream import measure
 from lmcache_cli.target import Target
 
@@ -77,6 +81,13 @@ def terminal() -> Iterator[None]:
         os.close(master)
         reader.kill()
         reader.wait(10)
+
+
+@contextmanager
+def without_stamps() -> Iterator[None]:
+    """The kernel is not asked for times of arrival meanwhile."""
+    with mock.patch.object(StampedSocket, "ask_for_stamps"):
+        yield
 
 
 def requests(number: int) -> list[Request]:
@@ -143,12 +154,15 @@ def percentile(ordered: list[float], percent: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
 
 
-def case(engine: ScriptedEngine, num_streams: int, in_step: bool, has_display: bool, seconds: float) -> dict[str, Any]:
+def case(
+    engine: ScriptedEngine, num_streams: int, in_step: bool, has_display: bool, is_stamped: bool, seconds: float
+) -> dict[str, Any]:
     """One run; prints its line."""
     engine.play(Behaviour(texts=texts(), gap_s=1 / PIECES_PER_S, in_step=in_step))
     number = num_streams * max(1, round(seconds * PIECES_PER_S / PIECES))
     cpu_s = os.times()
-    outcomes = send_all(engine, num_streams, number, has_display)
+    with nullcontext() if is_stamped else without_stamps():
+        outcomes = send_all(engine, num_streams, number, has_display)
     spent_s = sum(os.times()[:2]) - sum(cpu_s[:2])
     late = sorted(lateness_ms(outcomes, engine.asked()))
     elapsed_s = max(o.end_s for o in outcomes) - min(o.sent_s for o in outcomes)
@@ -156,6 +170,7 @@ def case(engine: ScriptedEngine, num_streams: int, in_step: bool, has_display: b
         "streams": num_streams,
         "in_step": in_step,
         "display": has_display,
+        "kernel_times": is_stamped,
         "pieces": len(late),
         "pieces_per_s": len(late) / elapsed_s,
         "p50_ms": percentile(late, 50),
@@ -166,6 +181,7 @@ def case(engine: ScriptedEngine, num_streams: int, in_step: bool, has_display: b
     }
     print(
         f"{num_streams:>7}  {'in step' if in_step else 'each its own':>12}  {'rich' if has_display else 'none':>7}"
+        f"  {'kernel' if is_stamped else 'read':>6}"
         f"  {row['pieces']:>7}  {row['pieces_per_s']:>8.0f}  {row['p50_ms']:>7.3f}  {row['p90_ms']:>7.3f}"
         f"  {row['p99_ms']:>7.3f}  {row['max_ms']:>7.2f}  {row['cpu_share']:>5.0%}",
         flush=True,
@@ -183,19 +199,22 @@ def main() -> int:
         parser.error("--rounds must be at least 1")
     facts = common.head()
     print(
-        f"{'streams':>7}  {'writes':>12}  {'display':>7}  {'pieces':>7}  {'pieces/s':>8}  {'p50 ms':>7}  {'p90 ms':>7}"
-        f"  {'p99 ms':>7}  {'max ms':>7}  {'CPU':>5}"
+        f"{'streams':>7}  {'writes':>12}  {'display':>7}  {'times':>6}  {'pieces':>7}  {'pieces/s':>8}"
+        f"  {'p50 ms':>7}  {'p90 ms':>7}  {'p99 ms':>7}  {'max ms':>7}  {'CPU':>5}"
     )
-    cases = [(1, False, False), (1, False, True)]
-    cases += [(64, in_step, has_display) for in_step in (False, True) for has_display in (False, True)]
+    cases = [(1, False, False, True), (1, False, True, True)]
+    cases += [(64, in_step, has_display, True) for in_step in (False, True) for has_display in (False, True)]
+    cases.append((64, True, False, False))
+    keys = ("streams", "in_step", "display", "kernel_times")
     rows = []
     with ScriptedEngine() as engine:
         for _ in range(args.rounds):
             rows += [case(engine, *each, args.seconds) for each in cases]
     common.write(args.json, {**facts, "rows": rows})
     reached = True
-    for num_streams, in_step, has_display in cases:
-        same = [r for r in rows if (r["streams"], r["in_step"], r["display"]) == (num_streams, in_step, has_display)]
+    for each in cases[:-1]:
+        num_streams, in_step, has_display, _ = each
+        same = [row for row in rows if tuple(row[key] for key in keys) == each]
         words = ["in step" if in_step else "each its own", f"display {'rich' if has_display else 'none'}"]
         name = ", ".join([f"{num_streams} streams", *words])
         for key, bound in (("p50_ms", P50_MS_MAX), ("p99_ms", P99_MS_MAX)):

@@ -31,7 +31,7 @@ def read(segments: list[bytes], is_reset: bool = False) -> tuple[Any, ...]:
 
     async def run() -> tuple[Any, ...]:
         ticks = itertools.count()
-        exchange = Exchange("http://engine", 1e6, lambda: float(next(ticks)))
+        exchange = Exchange("http://engine", 1e6, lambda: float(next(ticks)), lambda: 0.0)
         for segment in segments:
             for start in range(0, len(segment), 65536):
                 part = segment[start : start + 65536]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmcache_cli.bench import load
 from lmcache_cli.bench.arrivals import arrivals
 from lmcache_cli.bench.base import CANCELLED, Failure, Listed, Outcome, Pacing, Request
 from lmcache_cli.bench.load import LATE_S_MAX, drive
@@ -32,7 +34,7 @@ class Ticking:
         self._sleepers.append((self.now_s + max(seconds, 0.0), next(self._ids), future))
         await future
 
-    async def run(self, work: Awaitable[int]) -> int:
+    async def run(self, work: Awaitable[Counter[str]]) -> Counter[str]:
         """Carry ``work`` to its end, moving the clock to the next sleeper whenever everybody waits."""
         task = asyncio.ensure_future(work)
         while not task.done():
@@ -54,6 +56,9 @@ class Seen:
         self.outcomes: list[Outcome] = []
         self.num_in_flight = 0
         self.most_in_flight = 0
+
+    def say(self, _text: str) -> None:
+        raise AssertionError("words are not the driver's")
 
     def begin(self, _phase: str, _num_requests: int | None) -> None:
         raise AssertionError("phases are not the driver's")
@@ -89,7 +94,7 @@ def engine(
     return send
 
 
-def run(source: object, pacing: Pacing, service_s: Callable[[Request], float]) -> tuple[Seen, int, Ticking]:
+def run(source: object, pacing: Pacing, service_s: Callable[[Request], float]) -> tuple[Seen, Counter[str], Ticking]:
     clock, seen = Ticking(), Seen()
     work = drive(source, pacing, engine(clock, service_s), seen, clock=clock, sleep=clock.sleep)  # type: ignore[arg-type]
     return seen, asyncio.run(clock.run(work)), clock
@@ -97,10 +102,10 @@ def run(source: object, pacing: Pacing, service_s: Callable[[Request], float]) -
 
 @given(st.integers(1, 12), st.integers(0, 40), st.lists(st.floats(0.001, 5), min_size=40, max_size=40))
 def test_a_closed_loop_keeps_so_many_in_flight_and_no_more(concurrency: int, number: int, times: list[float]) -> None:
-    seen, num_unsent, _ = run(Listed(requests(number)), Pacing(concurrency=concurrency), lambda r: times[int(r.id[1:])])
+    seen, unsent, _ = run(Listed(requests(number)), Pacing(concurrency=concurrency), lambda r: times[int(r.id[1:])])
     assert seen.most_in_flight == min(concurrency, number)
     assert sorted(o.request.id for o in seen.outcomes) == sorted(r.id for r in requests(number))
-    assert num_unsent == 0
+    assert not unsent
     # busy all the time: a request is sent at the very moment at which an earlier one ends
     ends = sorted(o.end_s for o in seen.outcomes)
     sent = sorted(o.sent_s for o in seen.outcomes)
@@ -114,9 +119,9 @@ def test_a_closed_loop_stops_sending_when_the_time_is_over_and_finishes_what_it_
 
 
 def test_an_open_loop_waits_for_nobody() -> None:
-    seen, num_unsent, clock = run(Listed(requests(20)), Pacing(rate_per_s=10, arrival="constant"), lambda _: 50.0)
+    seen, unsent, clock = run(Listed(requests(20)), Pacing(rate_per_s=10, arrival="constant"), lambda _: 50.0)
     assert seen.most_in_flight == 20
-    assert num_unsent == 0
+    assert not unsent
     assert [o.sent_s for o in seen.outcomes] == pytest.approx([100 + index / 10 for index in range(20)])
     assert clock.now_s == pytest.approx(100 + 1.9 + 50)
 
@@ -130,10 +135,11 @@ def test_after_a_stall_nothing_is_made_up_for() -> None:
 
     pacing = Pacing(rate_per_s=10, arrival="constant", duration_s=3)
     work = drive(Listed(requests(100)), pacing, engine(clock, lambda _: 0.01), seen, clock=clock, sleep=sleep)
-    num_unsent = asyncio.run(clock.run(work))
+    unsent = asyncio.run(clock.run(work))
     sent = sorted(o.sent_s for o in seen.outcomes)
-    assert num_unsent >= 9
-    assert len(sent) + num_unsent == 30
+    assert set(unsent) == {"late"}
+    assert unsent["late"] >= 9
+    assert len(sent) + unsent["late"] == 30
     assert all(o.sent_s - o.due_s <= LATE_S_MAX for o in seen.outcomes)
     gaps = [after - before for before, after in itertools.pairwise(sent)]
     assert sum(gap < 0.09 for gap in gaps) <= 1  # no burst
@@ -143,17 +149,25 @@ def test_a_busy_conversation_holds_up_no_other() -> None:
     source = Sessions([[], [], []], ["question"], 1)
     slow = {"s0_r0"}
     pacing = Pacing(rate_per_s=10, arrival="constant", duration_s=2)
-    seen, num_unsent, _ = run(source, pacing, lambda r: 1.55 if r.id in slow else 0.01)
-    assert (len(seen.outcomes), num_unsent) == (20, 0)
+    seen, unsent, _ = run(source, pacing, lambda r: 1.55 if r.id in slow else 0.01)
+    assert (len(seen.outcomes), dict(unsent)) == (20, {})
     waiting = [o.request.id for o in seen.outcomes if 100.0 < o.sent_s < 101.55]
     assert not any(request_id.startswith("s0_") for request_id in waiting)
 
 
 def test_where_all_conversations_are_busy_the_arrival_is_counted_and_not_made_up_for() -> None:
     source = Sessions([[]], ["question"], 1)
-    seen, num_unsent, _ = run(source, Pacing(rate_per_s=10, arrival="constant", duration_s=1), lambda _: 0.45)
-    assert len(seen.outcomes) + num_unsent == 10
+    seen, unsent, _ = run(source, Pacing(rate_per_s=10, arrival="constant", duration_s=1), lambda _: 0.45)
     assert len(seen.outcomes) == 2
+    assert unsent == {"nothing_ready": 8}
+
+
+def test_where_as_many_are_in_flight_as_may_be_the_arrival_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "IN_FLIGHT_MAX", 3)
+    pacing = Pacing(rate_per_s=10, arrival="constant", duration_s=1)
+    seen, unsent, _ = run(Listed(requests(100)), pacing, lambda _: 50.0)
+    assert len(seen.outcomes) == 3
+    assert unsent == {"in_flight_max": 7}
 
 
 def test_cancelled_in_the_middle_it_reports_what_was_in_flight() -> None:

@@ -67,7 +67,7 @@ def test_throughput_is_taken_from_the_first_send_to_the_last_byte_of_any_request
 
 def test_requests_are_counted_by_how_they_ended() -> None:
     cancelled = outcome("e", 1003.0, [], 1004.0, failure=("cancelled", "given up"))
-    numbers = summarised(bench_runs.run([*bench_runs.four(), cancelled], num_unsent=7))
+    numbers = summarised(bench_runs.run([*bench_runs.four(), cancelled], unsent={"late": 4, "time_over": 3}))
     assert numbers["num_requests"] == {"ok": 3, "failed": 1, "cancelled": 1, "unsent": 7}
     assert numbers["attempts"] == {"total": 6, "retries": 1}
     assert [(f["cause"], f["num"]) for f in numbers["failures"]] == [("http_503", 1)]

@@ -100,14 +100,16 @@ def test_a_prompt_is_tokenised_by_the_engine_and_looked_up(lmcache: Run) -> None
 
 def test_token_ids_need_no_engine(lmcache: Run, tmp_path: Path) -> None:
     (tmp_path / "ids").write_text("1, 2\n3 4,\n")
-    with serve({"/cache/lookup": json_answer(LOOKUP)}) as server:
+    places = [{**place(i, tier), "first_token": i, "num_tokens": 1} for i, tier in enumerate(("l1", None, "l1", "l1"))]
+    held = {"chunk_size": 1, "num_tokens": 4, "models": [{"model_name": "m", "held_tokens": 1, "chunks": places}]}
+    with serve({"/cache/lookup": json_answer(held)}) as server:
         words = ("query", "kvcache", "--url", server.url, "--format", "json", "--token-ids")
         ended = lmcache(*words, f"@{tmp_path / 'ids'}", "--model", "m")
-        assert lmcache(*words, "5").status == 0
-    assert [json.loads(asked.body)["token_ids"] for asked in server.asked] == [[1, 2, 3, 4], [5]]
+        assert lmcache(*words, "5 6 7 8").status == 0
+    assert [json.loads(asked.body)["token_ids"] for asked in server.asked] == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert json.loads(server.asked[0].body)["model_name"] == "m"
     (model,) = json.loads(ended.out)["metrics"]["models"]
-    assert (model["held_tokens"], model["num_chunks_by_tier"], model["num_chunks_held"]) == (768, {"l1": 4}, 4)
+    assert (model["held_tokens"], model["num_chunks_by_tier"], model["num_chunks_held"]) == (1, {"l1": 3}, 3)
 
 
 @pytest.mark.parametrize(
@@ -228,5 +230,28 @@ def test_chunks_that_a_server_does_not_list_are_not_counted_as_none(lmcache: Run
 
 def test_an_answer_that_is_no_look_up_is_a_failure(lmcache: Run) -> None:
     with serve({"/cache/lookup": json_answer({})}) as server:
+        ended = lmcache("query", "kvcache", "--url", server.url, "--token-ids", "1")
+    assert (ended.status, ended.out, "is no look-up" in ended.err) == (1, "", True)
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ({"held_tokens": 5}, "claims to hold 5 tokens of a prompt of 4"),
+        ({"held_tokens": -1}, "claims to hold -1 tokens of a prompt of 4"),
+        ({"held_tokens": 4, "chunks": [place(i, "l1") for i in range(3)]}, "lists 3 chunks of 2 tokens of a prompt of"),
+    ],
+)
+def test_a_server_that_claims_more_than_was_asked_about_is_not_believed(lmcache: Run, claim: Any, said: str) -> None:
+    reply = {"chunk_size": 2, "models": [{"model_name": "m", **claim}]}
+    with serve({"/cache/lookup": json_answer(reply)}) as server:
+        ended = lmcache("query", "kvcache", "--url", server.url, "--token-ids", "1,2,3,4")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (1, "", 1)
+    assert said in ended.err
+
+
+@pytest.mark.parametrize("chunk_size", [0, -256])
+def test_a_chunk_without_tokens_is_no_look_up(lmcache: Run, chunk_size: int) -> None:
+    with serve({"/cache/lookup": json_answer({"chunk_size": chunk_size, "models": []})}) as server:
         ended = lmcache("query", "kvcache", "--url", server.url, "--token-ids", "1")
     assert (ended.status, ended.out, "is no look-up" in ended.err) == (1, "", True)

@@ -194,7 +194,7 @@ class Quota:
     cache_salt: str | None = None
     limit_gb: float | None = None
     current_usage_gb: float | None = None  # of L1; None: not known
-    usage_by_tier_gb: dict[str, float] = field(default_factory=dict)  # "l1", and tiers that can tell; the limit is each's
+    usage_by_tier_gb: dict[str, float] = field(default_factory=dict)  # "l1", and tiers that can tell
     exists: bool | None = None
 
 

@@ -186,6 +186,32 @@ class Plan:
     documents: Sequence[tuple[str, int]] = ()
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """How long the measured requests will take, and how that is known.
+
+    Attributes:
+        duration_s: None when it is not known.
+        basis: `rate` (requests over rate), `duration` (the time after which nothing is sent), `first_requests` (the
+            first measured ones), or `none`.
+        reason: in words: what it was made from, or why there is none.
+    """
+
+    duration_s: float | None
+    basis: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lag:
+    """How late the event loop woke, in milliseconds; percentiles to 0.1 ms. ``num`` is how often that was tried."""
+
+    num: int
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+
+
 class Texts(Protocol):
     """Makes text of a wanted size in the engine's own tokens; the same seed gives the same text."""
 
@@ -235,7 +261,10 @@ class Workload(Protocol):
 
 
 class Observer(Protocol):
-    """Is told what happens while a run goes on; must return at once."""
+    """Is told what happens while a run goes on; must return at once (``say`` may take a while)."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
 
     def begin(self, phase: str, num_requests: int | None) -> None:
         """A phase (`preparing`, `warm-up`, `measuring`) begins; ``num_requests`` None = unknown."""
@@ -259,8 +288,9 @@ class Run:
         started_at: UTC, ISO 8601.
         warmup: outcomes before the clock started.
         outcomes: measured ones, in the order in which they ended.
-        num_unsent: requests that were due and never sent: nothing was ready at their moment, the time was over, or the
-            run was interrupted.
+        unsent: how many requests were due and never sent, by the reason: one of ``UNSENT_REASONS``.
+        loop_lag: how late the event loop woke while it measured; None when it did not come to that.
+        estimate: of the time that the measured requests take, the last one that was made.
         server_before, server_after: hit counters of `--lmcache-url`, None without it.
         sizing: how prompt sizes are known (see ``Texts.method``).
         versions: of us, Python, the engine and the server, where they say so.
@@ -274,7 +304,9 @@ class Run:
     warmup: list[Outcome] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     pacing: Pacing = field(default_factory=Pacing)
-    num_unsent: int = 0
+    unsent: Mapping[str, int] = field(default_factory=dict)
+    loop_lag: Lag | None = None
+    estimate: Estimate | None = None
     is_interrupted: bool = False
     server_before: Mapping[str, float] | None = None
     server_after: Mapping[str, float] | None = None
@@ -289,6 +321,11 @@ class Run:
         return max(o.end_s for o in self.outcomes) - min(o.sent_s for o in self.outcomes)
 
 
+LATE, CROWDED, NOT_READY, TIME_OVER, INTERRUPTED = UNSENT_REASONS = (
+    *("late", "in_flight_max", "nothing_ready", "time_over", "interrupted"),
+)
+"""Why a request was not sent: its time had passed, since this process was late; too many were in flight; nothing could
+be sent at its time, since what comes before it was not answered; `--max-duration` was over; the run was ended."""
 CANCELLED = "cancelled"
 """Cause of a request that was given up because the run ended."""
 

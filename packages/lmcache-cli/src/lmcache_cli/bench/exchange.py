@@ -1,6 +1,7 @@
 """The connection's side of a measured request: every arrival is timed before it is looked at.
 
-Pieces of text that arrive in one segment have one arrival time, which is the truth.
+Pieces of text that are read at once have one arrival time, that of the last of them. Where the socket knows how long
+ago that was (see ``stamped``), the time is that of the arrival, else that of the reading.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ RECEIVE_BYTES = 64 << 10
 FAREWELL_S = 0.1  # how long the end of the body is waited for once the answer has come to its end
 
 Clock = Callable[[], float]
+Age = Callable[[], float]
 
 
 class Exchange(asyncio.BufferedProtocol):
     """One request and its answer on one connection; takes times, reads what arrived, knows when it is over.
+
+    Args:
+        silence_s: after so many seconds without an event it is given up.
+        clock: a monotonic clock in seconds.
+        age_s: how many seconds ago what was read last had arrived.
 
     Attributes:
         ended: the failure, or None for a proper end.
@@ -30,10 +37,12 @@ class Exchange(asyncio.BufferedProtocol):
         text_s, text, usage: as in ``base.Outcome``, so far.
     """
 
-    def __init__(self, url: str, silence_s: float, clock: Clock) -> None:
+    def __init__(self, url: str, silence_s: float, clock: Clock, age_s: Age) -> None:
         self._url = url
         self._silence_s = silence_s
         self._clock = clock
+        self._age_s = age_s
+        self._arrived_s = 0.0  # the latest arrival, at first the sending
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))  # a view: asyncio's TLS cuts it, and must not cut a copy
         self._response = http1.Response()
         self._events = sse.Events()
@@ -61,7 +70,7 @@ class Exchange(asyncio.BufferedProtocol):
     def send(self, message: bytes) -> float:
         """Hand the whole request over; returns the time just before."""
         assert self._transport is not None
-        self._progress_s = sent_s = self._clock()
+        self._progress_s = self._arrived_s = sent_s = self._clock()
         self._transport.write(message)
         self._watch = self._loop.call_later(self._silence_s, self._check_silence)
         return sent_s
@@ -88,7 +97,8 @@ class Exchange(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """As asyncio calls it: something arrived."""
-        now_s = self._clock()
+        age_s = self._age_s()  # before the clock, so that what delays this process in between makes nothing earlier
+        now_s = self._arrived_s = max(self._clock() - age_s, self._arrived_s)
         self._num_bytes += nbytes
         try:
             for piece in self._response.feed(bytes(self._buffer[:nbytes])):

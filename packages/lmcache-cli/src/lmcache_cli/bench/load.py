@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from lmcache_cli.bench.arrivals import arrivals
-from lmcache_cli.bench.base import Observer, Outcome, Pacing, Request, Source
+from lmcache_cli.bench.base import CROWDED, LATE, NOT_READY, Observer, Outcome, Pacing, Request, Source
 
 IN_FLIGHT_MAX = 4096
 LATE_S_MAX = 0.1
@@ -34,7 +35,7 @@ async def drive(
     seed: int = 0,
     clock: Clock = time.perf_counter,
     sleep: Sleep = asyncio.sleep,
-) -> int:
+) -> Counter[str]:
     """Send what ``source`` gives, and wait for all of it. When cancelled, what is in flight is given up and reported,
     then the cancellation goes on.
 
@@ -44,7 +45,7 @@ async def drive(
         seed: of the arrivals.
 
     Returns:
-        How many requests were due and never sent.
+        How many due times passed without a request, by the reason (of ``base.UNSENT_REASONS``).
     """
     driver = _Driver(source, send, observer, clock)
     end_s = None if pacing.duration_s is None else clock() + pacing.duration_s
@@ -57,7 +58,7 @@ async def drive(
                 await driver.open(due, end_s, sleep)
         finally:
             await driver.give_up()
-    return driver.num_unsent
+    return driver.unsent
 
 
 class _Driver:
@@ -69,7 +70,7 @@ class _Driver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._error: BaseException | None = None
-        self.num_unsent = 0
+        self.unsent: Counter[str] = Counter()
 
     async def closed(self, concurrency: int, end_s: float | None) -> None:
         """Keep ``concurrency`` in flight until the source is at its end, or the time is."""
@@ -94,17 +95,23 @@ class _Driver:
             wait_s = due_s - self._clock()
             if wait_s > 0:
                 await sleep(wait_s)
-            is_late = self._clock() - due_s > LATE_S_MAX
-            request = None if is_late or len(self._tasks) >= IN_FLIGHT_MAX else self._source.take()
+            reason = self._hindrance(due_s)
+            request = None if reason else self._source.take()
             if request is not None:
                 self._launch(request, due_s)
             elif not self._source.is_exhausted:
-                self.num_unsent += 1
+                self.unsent[reason or NOT_READY] += 1
             if wait_s <= 0:
                 await sleep(0)  # let what has just been sent go out before the next one
         while self._tasks:
             self._changed.clear()
             await self._change()
+
+    def _hindrance(self, due_s: float) -> str:
+        """Why nothing is sent at this due time, whatever the source has; "" if nothing speaks against it."""
+        if self._clock() - due_s > LATE_S_MAX:
+            return LATE
+        return CROWDED if len(self._tasks) >= IN_FLIGHT_MAX else ""
 
     async def give_up(self) -> None:
         """Cancel what is in flight, and take its outcomes in."""

@@ -57,7 +57,7 @@ def _shown(summary: Mapping[str, Any]) -> list[Section]:
     """The rows of the terminal form."""
     sections = [
         _section(summary, "Configuration", _CONFIGURATION, is_always_shown=False),
-        _section(summary, "Results", _RESULTS),
+        _section(summary, "Results", _results(summary)),
         *(_section(summary, label, [(f"{key}.{s}", _LABELS[s]) for s in STATISTICS]) for key, label in _LATENCIES),
     ]
     if summary["rate"]["asked_per_s"] is not None:
@@ -74,7 +74,19 @@ def _shown(summary: Mapping[str, Any]) -> list[Section]:
     if len(cold) > 1:
         sections.append(_section(summary, "Cold against Warm, TTFT (ms)", cold))
     sections.append(_section(summary, "Cache", _CACHE + (_SERVER if summary["server"] is not None else [])))
+    if summary["loop_lag_ms"] is not None:
+        sections.append(_section(summary, "Lateness of the Benchmark Itself (ms)", _LAG))
     return sections
+
+
+def _results(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The rows of the results; below the unsent requests those of the reasons that there were."""
+    rows = []
+    for row in _RESULTS:
+        rows.append(row)
+        if row[0] == "num_requests.unsent":
+            rows += [(f"unsent.{key}", label) for key, label in _UNSENT.items() if summary["unsent"][key]]
+    return rows
 
 
 def _section(
@@ -125,6 +137,13 @@ _RESULTS = [
     ("throughput.output_tokens_per_s", "Output throughput (tok/s)"),
     ("throughput.total_tokens_per_s", "Total throughput (tok/s)"),
 ]
+_UNSENT = {
+    "late": "... their time was over",
+    "in_flight_max": "... too many in flight",
+    "nothing_ready": "... nothing was ready",
+    "time_over": "... the duration was over",
+    "interrupted": "... interrupted",
+}
 _LATENCIES = [
     ("ttft_ms", "Time to First Token (ms)"),
     ("tpot_ms", "Time per Output Token (ms)"),
@@ -152,6 +171,7 @@ _COLD = [
     ("ttft_warm_ms.p50", "P50, warm"),
 ]
 _CACHE = [("cache.cached_tokens", "Cached tokens (engine)"), ("cache.share", "Share of input tokens")]
+_LAG = [(f"loop_lag_ms.{key}", _LABELS[key]) for key in ("p50", "p99", "max")]
 _SERVER = [
     (f"server.delta.{REQUESTED}", "Looked up (tokens, server)"),
     (f"server.delta.{HIT}", "Found (tokens, server)"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -13,8 +12,22 @@ from datetime import datetime, timezone
 from types import FrameType
 from typing import Any
 
-from lmcache_cli.bench import budget, config, counters, load, sizing, stream, versions
-from lmcache_cli.bench.base import BenchError, Observer, Outcome, Pacing, Plan, Request, Run, Source, Texts, Workload
+from lmcache_cli.bench import budget, config, counters, estimate, lag, load, sizing, stream, versions
+from lmcache_cli.bench.base import (
+    INTERRUPTED,
+    TIME_OVER,
+    BenchError,
+    Estimate,
+    Observer,
+    Outcome,
+    Pacing,
+    Plan,
+    Request,
+    Run,
+    Source,
+    Texts,
+    Workload,
+)
 from lmcache_cli.bench.rundir import MEASURED, WARMUP
 from lmcache_cli.client import CacheServer, Engine
 from lmcache_cli.target import Target
@@ -44,12 +57,9 @@ class Job:
     plan: Plan
 
     @property
-    def estimated_s(self) -> float | None:
-        """How long the measurement takes where the pacing says so; a closed loop takes as long as the engine needs."""
-        limit_s, rate = self.pacing.duration_s, self.pacing.rate_per_s
-        if rate is None or self.plan.num_requests is None:
-            return limit_s
-        return min(self.plan.num_requests / rate, math.inf if limit_s is None else limit_s)
+    def estimate(self) -> Estimate:
+        """How long the measurement takes, as far as that is known before."""
+        return estimate.before(self.pacing, self.plan)
 
 
 def settle(settings: config.Config, engine: Target, server: Target | None) -> config.Config:
@@ -101,6 +111,7 @@ def execute(job: Job, observer: Observer, record: Record) -> Run:
         started_at=started_at,
         sizing="none",
         pacing=job.pacing,
+        estimate=job.estimate,
     )
     try:
         run.versions = versions.collect(job.engine, job.server)
@@ -112,8 +123,10 @@ def execute(job: Job, observer: Observer, record: Record) -> Run:
             run.server_after = counters.read(job.server)
     except KeyboardInterrupt:
         run.is_interrupted = True
-    if job.plan.num_requests is not None:  # the time was over before the list was, or it was interrupted
-        run.num_unsent = max(run.num_unsent, job.plan.num_requests - len(run.outcomes))
+    if job.plan.num_requests is not None:
+        num_left = job.plan.num_requests - len(run.outcomes) - sum(run.unsent.values())
+        if num_left > 0:
+            run.unsent = {**run.unsent, INTERRUPTED if run.is_interrupted else TIME_OVER: num_left}
     return run
 
 
@@ -214,8 +227,13 @@ async def _measure(job: Job, run: Run, observer: Observer, record: Record) -> No
     if settings.no_warmup:
         source = _FirstOfGroup(source)
     observer.begin("measuring", job.plan.num_requests)
-    collector = _Collector(run.outcomes, MEASURED, observer, record)
-    run.num_unsent = await load.drive(source, job.pacing, send, collector, seed=settings.seed)
+    ticker = lag.Ticker()
+    try:
+        run.unsent = await load.drive(
+            source, job.pacing, send, _Measured(job, run, observer, record), seed=settings.seed
+        )
+    finally:
+        run.loop_lag = ticker.stop()
 
 
 async def _warm_up(job: Job, send: Send, collector: _Collector) -> None:
@@ -253,6 +271,10 @@ class _Collector:
         self._observer = observer
         self._record = record
 
+    def say(self, text: str) -> None:
+        """As ``base.Observer``."""
+        self._observer.say(text)
+
     def begin(self, phase: str, num_requests: int | None) -> None:
         """As ``base.Observer``."""
         self._observer.begin(phase, num_requests)
@@ -270,6 +292,25 @@ class _Collector:
         self._outcomes.append(outcome)
         self._record(outcome, self._phase)
         self._observer.done(outcome)
+
+
+class _Measured(_Collector):
+    """The measured requests; says how long they will take once that is known."""
+
+    def __init__(self, job: Job, run: Run, observer: Observer, record: Record) -> None:
+        super().__init__(run.outcomes, MEASURED, observer, record)
+        self._job = job
+        self._run = run
+
+    def done(self, outcome: Outcome) -> None:
+        """As ``base.Observer``."""
+        super().done(outcome)
+        found = estimate.after(self._job.pacing, self._job.plan, self._run.outcomes)
+        if found is not None and found.duration_s is not None:
+            self._run.estimate = found
+            # in another thread, since a terminal takes its time
+            line = f"estimated time: {found.duration_s:.3g} s ({found.reason})"
+            asyncio.get_running_loop().run_in_executor(None, self.say, line)
 
 
 class _FirstOfGroup:

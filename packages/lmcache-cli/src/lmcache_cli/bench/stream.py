@@ -21,6 +21,7 @@ from lmcache_cli import api, failures, urls
 from lmcache_cli.bench import http1, sse
 from lmcache_cli.bench.base import CANCELLED, Failure, Outcome, Request
 from lmcache_cli.bench.exchange import Clock, Exchange
+from lmcache_cli.bench.stamped import StampedSocket
 from lmcache_cli.errors import ServerError, UsageFault
 from lmcache_cli.target import Target
 
@@ -188,7 +189,7 @@ class _Attempt:
         sock = await _connected(loop, host, parts.port or (80 if context is None else 443))
         try:
             _, exchange = await loop.create_connection(
-                lambda: Exchange(self._url, self._target.timeout_s, self._clock),
+                lambda: Exchange(self._url, self._target.timeout_s, self._clock, sock.age_s),
                 sock=sock,
                 ssl=context,
                 server_hostname=None if context is None else host,
@@ -199,7 +200,7 @@ class _Attempt:
         return exchange
 
 
-async def _connected(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:
+async def _connected(loop: asyncio.AbstractEventLoop, host: str, port: int) -> StampedSocket:
     """A connection to the first address of ``host`` that takes one; `localhost` has two.
 
     Raises:
@@ -207,9 +208,10 @@ async def _connected(loop: asyncio.AbstractEventLoop, host: str, port: int) -> s
     """
     failed: OSError | None = None
     for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
+        sock = StampedSocket(family, kind, protocol)
         try:
             sock.setblocking(False)
+            sock.ask_for_stamps()
             await loop.sock_connect(sock, address)
             return sock
         except OSError as error:

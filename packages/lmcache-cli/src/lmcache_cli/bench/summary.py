@@ -21,16 +21,17 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
-from lmcache_cli.bench.base import CANCELLED, Outcome, Run
+from lmcache_cli.bench.base import CANCELLED, UNSENT_REASONS, Outcome, Run
 from lmcache_cli.errors import UsageFault
 
 VERSION = 1
 GOODPUT_METRICS = ("ttft", "tpot", "itl", "e2e")
 KEYS = (  # of the report in JSON, for the document of a run that could not be carried out
     *("version", "workload", "model", "started_at", "ended_at", "is_interrupted", "config", "plan", "pacing", "sizing"),
-    *("versions", "host", "duration_s", "num_requests", "warmup", "attempts", "tokens", "throughput", "rate"),
+    *("versions", "host", "estimate", "duration_s", "num_requests", "unsent", "warmup", "attempts", "tokens"),
+    *("throughput", "rate"),
     *("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "ttft_cold_ms", "ttft_warm_ms", "ttft_warmup_ms"),
-    *("goodput", "cache", "server"),
+    *("goodput", "cache", "server", "loop_lag_ms"),
 )
 LIST_NAMES = ("failures", "notes")
 
@@ -39,6 +40,8 @@ FOUND_COLD_MAX = 0.5
 
 STATISTICS = ("mean", "p50", "p90", "p99", "max")
 _BEHIND_RATIO = 0.95  # sent more slowly than this share of the schedule
+LAG_P99_MS_MAX = 5.0
+"""What the times of a run may be off by; see docs/bench.md."""
 _BEHIND_S = 0.1  # or a tenth of the requests later than this
 HIT, REQUESTED = "lookup_hit_tokens", "lookup_requested_tokens"
 
@@ -144,13 +147,15 @@ def summarise(run: Run, goodput: Mapping[str, float] | None) -> dict[str, Any]:
         "sizing": run.sizing,
         "versions": dict(run.versions),
         "host": {**this_host(), **run.host},
+        "estimate": None if run.estimate is None else asdict(run.estimate),
         "duration_s": None if duration_s is None else rounded(duration_s),
         "num_requests": {
             "ok": len(ok),
             "failed": len(failed),
             "cancelled": len(run.outcomes) - len(ok) - len(failed),
-            "unsent": run.num_unsent,
+            "unsent": sum(run.unsent.values()),
         },
+        "unsent": {reason: run.unsent.get(reason, 0) for reason in UNSENT_REASONS},
         "warmup": {"ok": _num_ok(run.warmup), "failed": len(run.warmup) - _num_ok(run.warmup)},
         "attempts": {"total": num_attempts, "retries": num_attempts - len(run.outcomes)},
         "tokens": {"input": input_tokens, "output": output_tokens},
@@ -165,6 +170,7 @@ def summarise(run: Run, goodput: Mapping[str, float] | None) -> dict[str, Any]:
         "goodput": None if goodput is None else _goodput(ok, len(ok) + len(failed), duration_s, goodput),
         "cache": _cache(ok, input_tokens),
         "server": _server(run),
+        "loop_lag_ms": _loop_lag(run),
         "failures": _failures(failed),
     }
     firsts = [o for o in (*run.warmup, *ok) if o.failure is None and o.request.is_first]
@@ -282,6 +288,13 @@ def _server(run: Run) -> dict[str, Any] | None:
     }
 
 
+def _loop_lag(run: Run) -> dict[str, Any] | None:
+    found = run.loop_lag
+    if found is None:
+        return None
+    return {"num": found.num, "p50": found.p50_ms, "p99": found.p99_ms, "max": rounded(found.max_ms)}
+
+
 def _failures(failed: Sequence[Outcome]) -> list[dict[str, Any]]:
     counts = Counter(o.failure.cause for o in failed if o.failure is not None)
     examples = {o.failure.cause: o.failure.message for o in reversed(failed) if o.failure is not None}
@@ -301,6 +314,12 @@ def _notes(summary: Mapping[str, Any], firsts: Sequence[Outcome]) -> list[dict[s
         notes["fell_behind"] = (
             f"the load fell behind: {achieved} requests/s were sent where {rate['asked_per_s']:g} were asked for, "
             f"a tenth of them more than {rate['lateness_ms']['p90']:.0f} ms late"
+        )
+    lag_ms = summary["loop_lag_ms"]
+    if lag_ms is not None and lag_ms["p99"] > LAG_P99_MS_MAX:
+        notes["ran_late"] = (
+            f"the benchmark itself ran late, by {lag_ms['p99']:.1f} ms or more one time in a hundred and at most "
+            f"{lag_ms['max']:.0f} ms, so times may be untrue by as much: give it a core of its own, or less load"
         )
     if num["ok"] and None in summary["tokens"].values():
         notes["no_usage"] = "the engine did not report the tokens of every request, so what depends on them is unknown"

@@ -45,9 +45,6 @@ class TokenizedTexts(_Maker):
 
     Args:
         count: the engine's number of tokens of a text, template excluded.
-
-    Attributes:
-        largest_error_tokens: of all texts so far.
     """
 
     method = "tokenize"
@@ -56,7 +53,6 @@ class TokenizedTexts(_Maker):
         super().__init__(seed)
         self._count = count
         self._tokens_per_word = max(count(" ".join(self._text(SAMPLE_WORDS, "sample"))) / SAMPLE_WORDS, 0.1)
-        self.largest_error_tokens = 0
 
     def words(self, num_tokens: int, *seed: object) -> str:
         """Random words of ``num_tokens`` tokens, as near as whole words come."""
@@ -71,29 +67,29 @@ class TokenizedTexts(_Maker):
             if step == 0 or num_words - step < 1:
                 break
             num_words -= step
-        self.largest_error_tokens = max(self.largest_error_tokens, abs(best_error))
         return best
 
 
 class CalibratedTexts(_Maker):
-    """Sized by what the engine counted for two samples: tokens = overhead + words x rate.
+    """Sized by what the engine counted for two prompts: one word, and that word with the whole list of words behind it.
 
     Args:
         usage: `usage.prompt_tokens` of a chat with this one message, template included.
 
     Raises:
-        ValueError: the counts are no line through two samples.
+        ValueError: the second prompt was not counted as longer than the first.
     """
 
     method = "calibrated"
 
     def __init__(self, seed: int, usage: Count) -> None:
         super().__init__(seed)
-        few, many = SAMPLE_WORDS // 4, SAMPLE_WORDS
-        counts = [usage(" ".join(self._text(num, "sample", num))) for num in (few, many)]
-        self._tokens_per_word = (counts[1] - counts[0]) / (many - few)
-        if self._tokens_per_word <= 0:
-            raise ValueError(f"{few} words were counted as {counts[0]} tokens, and {many} words as {counts[1]}")
+        first = mark(seed, "sample")
+        few = usage(first)
+        many = usage(" ".join([first, *self._words]))
+        if many <= few:
+            raise ValueError(f"one word was counted as {few} tokens, and {len(self._words) + 1} words as {many}")
+        self._tokens_per_word = (many - few) / len(self._words)
 
     def words(self, num_tokens: int, *seed: object) -> str:
         """Random words of about ``num_tokens`` tokens."""

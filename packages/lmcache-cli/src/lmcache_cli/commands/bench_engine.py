@@ -125,6 +125,7 @@ def plan_entries(job: run.Job) -> list[Entry]:
     plan, pacing = job.plan, job.pacing
     tokens_per_gb = job.config.tokens_per_gb_kvcache
     gb = None if tokens_per_gb is None else plan.distinct_tokens / tokens_per_gb
+    estimate = job.estimate
     pace = f"{pacing.concurrency} in flight" if pacing.concurrency else f"{pacing.rate_per_s:g}/s, {pacing.arrival}"
     return [
         *(
@@ -138,7 +139,8 @@ def plan_entries(job: run.Job) -> list[Entry]:
         Entry("distinct_gb", "Distinct KV cache (GB)", gb),
         Entry("output_tokens_max", "Output tokens at most", plan.output_tokens_max),
         Entry("pace", "Pace", pace),
-        Entry("estimated_s", "Estimated time (s)", job.estimated_s),
+        Entry("estimated_s", "Estimated time (s)", estimate.duration_s),
+        Entry("estimated_from", "Estimated from", estimate.reason),
     ]
 
 

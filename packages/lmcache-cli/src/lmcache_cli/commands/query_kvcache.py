@@ -78,9 +78,24 @@ def query_kvcache(
             if failure.status in (404, 405) and "model" not in str(failure):
                 raise CommandError(f"{target.url} is a server that cannot look prompts up over HTTP") from failure
             raise
-    if reply.chunk_size is None:
+    if reply.chunk_size is None or reply.chunk_size < 1:
         raise BadAnswer(f"what {target.url}{api.PATH_LOOKUP} answers is no look-up")
+    for prefix in reply.models:
+        _check(prefix, len(tokens), reply.chunk_size, target.url)
     return lookup_report(reply, target.url, len(tokens))
+
+
+def _check(prefix: api.ModelPrefix, num_tokens: int, chunk_size: int, url: str) -> None:
+    """Whether a server can hold what it claims.
+
+    Raises:
+        BadAnswer: it is more than was asked about.
+    """
+    held, num_chunks = prefix.held_tokens, len(prefix.chunks)
+    if held is not None and not 0 <= held <= num_tokens:
+        raise BadAnswer(f"{url} claims to hold {held} tokens of a prompt of {num_tokens}")
+    if num_chunks > num_tokens // chunk_size:
+        raise BadAnswer(f"{url} lists {num_chunks} chunks of {chunk_size} tokens of a prompt of {num_tokens}")
 
 
 def lookup_report(reply: api.LookupReply, url: str, num_tokens: int) -> Report:

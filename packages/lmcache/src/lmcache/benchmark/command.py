@@ -21,9 +21,8 @@ DURATION_S_MAX = 3600.0
 _INTERRUPTED = "lmcache.benchmark.is_interrupted"
 LATENCIES = ("mean", "p50", "p90", "p99", "max")
 _KEYS = (
-    "server",
-    "duration_s",
-    "num_passes",
+    *("server", "duration_s", "num_passes", "num_failures", "num_wrong_chunks", "num_passes_compared"),
+    *("num_wrong_passes", "chunk_size", "tokens_per_pass", "bytes_per_token", "bytes_per_pass", "host_memory"),
     *(f"{name}.{key}" for name in ("lookup", "store", "retrieve") for key in ("num_operations", "latency_ms")),
     "store.throughput_gb_per_s",
     "retrieve.throughput_gb_per_s",
