@@ -46,6 +46,7 @@ nox.options.sessions = [
     "cli",
     "browser",
     "server",
+    "tiers",
     "guard",
     "engine",
     "compat",
@@ -94,6 +95,12 @@ def pytest(session: nox.Session, python: Path, tests: str, *options: str, env: d
     with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
         command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / tests), *options, *session.posargs]
         session.run(*command, env={"PYTHONPATH": "", **(env or {})})
+
+
+def extras(*names: str) -> list[str]:
+    """What extras of the full wheel require."""
+    optional = artefacts.FULL_PROJECT["project"]["optional-dependencies"]
+    return [requirement for name in names for requirement in optional[name]]
 
 
 def requirements_site(version: str) -> Path:
@@ -192,6 +199,16 @@ def server(session: nox.Session) -> None:
         session.run(sys.executable, str(ROOT / "scripts" / "smoke.py"), str(full_environment(version)))
 
 
+@gate(400, "tiers")
+def tiers(session: nox.Session) -> None:
+    """One suite over every adapter, each against its real store; then what each does when the store fails."""
+    version = main_version()
+    needed = [*extras("redis", "object", "mooncake", "nixl"), *artefacts.group("tiers")]
+    python = environment("tiers", version, needed, sites=[requirements_site(version)])
+    install_wheel(python, artefacts.full_wheel(version))
+    pytest(session, python, "tests/tiers")
+
+
 @gate(240, "guard")
 def guard(session: nox.Session) -> None:
     """Both wheels as artefacts, and what happens when they meet in one environment."""
@@ -241,8 +258,7 @@ def demo_vllm(session: nox.Session) -> None:
 def engine_environment() -> Path:
     """torch, transformers and the full wheel; returns its python."""
     version = main_version()
-    extra = artefacts.FULL_PROJECT["project"]["optional-dependencies"]["engine"]
-    needed = [*artefacts.full_requirements(), *extra, *artefacts.group("test")]
+    needed = [*artefacts.full_requirements(), *extras("engine"), *artefacts.group("test")]
     python = environment("engine", version, needed, sites=[torch_site()])
     install_wheel(python, artefacts.full_wheel(version))
     return python
@@ -251,7 +267,7 @@ def engine_environment() -> Path:
 def vllm_environment() -> Path:
     """Stock vLLM, torch and the full wheel; returns its python."""
     version = main_version()
-    needed = [*artefacts.full_requirements(), *artefacts.group("test", "native")]
+    needed = [*artefacts.full_requirements(), *extras("redis"), *artefacts.group("test", "native")]
     recipe = ROOT / "scripts" / "vllm_cpu_env.py"
     python = environment("vllm", version, needed, sites=[torch_site()], script=recipe)
     install_wheel(python, artefacts.full_wheel(version))

@@ -138,6 +138,10 @@ def _adapter(adapter: api.L2Adapter) -> Section:
         Entry("pool_used_slots", None, pool_used),
         Entry("pool_capacity_slots", None, adapter.pool_size),
     ]
+    if adapter.reason is not None:
+        entries.insert(2, Entry("reason", "Reason", adapter.reason))
+    if adapter.name is not None:
+        entries.append(Entry("name", None, adapter.name))
     if adapter.base_path is not None:
         entries.append(Entry("base_path", "Base path", adapter.base_path))
     if adapter.current_size_bytes is not None:

@@ -43,6 +43,7 @@ def list_quotas(target: Target) -> Report:
                 Entry("cache_salt", "Cache salt", salt, text=repr(salt) if not salt else None),
                 Entry("limit_gb", "Limit (GB)", user.limit_gb),
                 Entry("current_usage_gb", "Current usage (GB)", user.current_usage_gb),
+                *_by_tier(user.usage_by_tier_gb),
             ],
             label=f"Salt: {salt or repr(salt)}",
             list_name="quotas",
@@ -67,9 +68,18 @@ def get_quota(target: Target, salt: str) -> Report:
         Entry("cache_salt", "Cache salt", found.cache_salt, text=found.cache_salt or repr(salt)),
         Entry("limit_gb", "Limit (GB)", found.limit_gb),
         Entry("current_usage_gb", "Current usage (GB)", found.current_usage_gb),
+        *_by_tier(found.usage_by_tier_gb),
         Entry("exists", "Exists", found.exists),
     ]
     return Report("Quota Info", WIDTH, [Section(entries)])
+
+
+def _by_tier(usage_gb: dict[str, float]) -> list[Entry]:
+    """What a tenant has in L1 and in each tier, where there are tiers that can tell."""
+    if len(usage_gb) < 2:
+        return []
+    text = ", ".join(f"{tier} {used:.2f}" for tier, used in usage_gb.items())
+    return [Entry("usage_by_tier_gb", "Usage by tier (GB)", usage_gb, text=text)]
 
 
 def _limit(ctx: click.Context, param: click.Parameter, value: float) -> float:
