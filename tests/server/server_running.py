@@ -148,6 +148,7 @@ class Engine:
         fd = self.attachment.pool_fd
         assert fd is not None
         self.rank = rank
+        self.patience_s = WAIT_S
         self.pool = mmap.mmap(fd, self.attachment.reply.pool_bytes)
         self.client = Client(self.attachment.reply.endpoint)
         self.hello(self.attachment.reply.token)
@@ -162,7 +163,7 @@ class Engine:
         return self.call(m.Hello(0, version=m.WIRE_VERSION, token=token))
 
     def call(self, request: m.Request) -> Any:
-        return self.client.call(request, WAIT_S)
+        return self.client.call(request, self.patience_s)
 
     def reserve(self, names: list[object], salt: str = "") -> m.Granted:
         granted = self.call(m.Reserve(0, keys=b"".join(map(key, names)), tenant=tenant_id(salt)))
@@ -251,3 +252,5 @@ def running(folder: str, *options: str, pool_gb: float = POOL_GB) -> Iterator[Se
         for name in ("pool", "records"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{server.pool_folder}/{name}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(server.pool_folder)

@@ -94,7 +94,7 @@ def test_the_number_of_limits_and_of_namespaces_is_bounded() -> None:
     assert tenants.limit("0", 2.0) is True
     for index in range(NAMESPACES_MAX + 5):
         tenants.meet(Known("m", "e", 1, f"{index:064x}"))
-    known = json.loads(tenants.document(lambda tenant: 0))["known"]
+    known = json.loads(tenants.document(lambda _: 0))["known"]
     assert len(known) == NAMESPACES_MAX
     assert int(known[0]["namespace"], 16) == NAMESPACES_MAX + 4  # the newest first
 

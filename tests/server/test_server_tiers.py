@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -60,9 +61,7 @@ def forget_l1(server: Server) -> None:
     assert reply["cleared"]["num_kept"] == 0
 
 
-def test_what_l1_has_forgotten_comes_back_byte_for_byte_and_stays(
-    tiered: Server, engines: Engines
-) -> None:
+def test_what_l1_has_forgotten_comes_back_byte_for_byte_and_stays(tiered: Server, engines: Engines) -> None:
     engine = engines(tiered)
     assert engine.store(NAMES) == len(NAMES)
     wait_objects(tiered, len(NAMES))
@@ -223,11 +222,7 @@ def test_a_folder_that_is_deleted_costs_misses_and_is_made_again(
     engine.store(NAMES[:5])
     wait_objects(tiered, 5)
     forget_l1(tiered)
-    for path in objects(tmp_path):
-        path.unlink()
-    for path in sorted((tmp_path / "l2").rglob("*"), reverse=True):
-        if path.is_dir():
-            path.rmdir()
+    shutil.rmtree(tmp_path / "l2")
     assert engine.promote(NAMES[:5]).num_chunks == 0
     engine.store(NAMES[:5])
     eventually(lambda: len(objects(tmp_path)) == 5)
@@ -243,9 +238,7 @@ def test_read_only_writes_nothing_and_reads_what_is_there(tmp_path: Path) -> Non
         make(server).store(NAMES[:4])
         wait_objects(server, 4)
         server.stop()
-        reader = stack.enter_context(
-            running(str(tmp_path), *with_file(tmp_path, "--l2-write-policy", "read-only"))
-        )
+        reader = stack.enter_context(running(str(tmp_path), *with_file(tmp_path, "--l2-write-policy", "read-only")))
         wait_up(reader)
         engine = make(reader)
         assert engine.promote(NAMES[:4]).num_chunks == 4
@@ -255,7 +248,8 @@ def test_read_only_writes_nothing_and_reads_what_is_there(tmp_path: Path) -> Non
 
 
 def test_write_back_writes_when_l1_needs_the_room(tmp_path: Path) -> None:
-    with running(str(tmp_path), *with_file(tmp_path, "--l2-write-policy", "write-back")) as server, ExitStack() as stack:
+    options = with_file(tmp_path, "--l2-write-policy", "write-back")
+    with running(str(tmp_path), *options) as server, ExitStack() as stack:
         wait_up(server)
         engine: Engine = Engines(stack)(server)
         few: list[object] = [f"few {number}" for number in range(10)]
@@ -267,4 +261,3 @@ def test_write_back_writes_when_l1_needs_the_room(tmp_path: Path) -> None:
         for start in range(0, len(many), 100):
             assert engine.store(many[start : start + 100]) == len(many[start : start + 100])
         eventually(lambda: len(objects(tmp_path)) >= 10, "the oldest are written")
-

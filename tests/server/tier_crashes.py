@@ -43,6 +43,7 @@ class Harness:
         with ExitStack() as stack:
             engine = Engines(stack)(self.server)
             self._store_acknowledged(engine)
+            engine.patience_s = 0.5  # of what is killed nobody wants an answer
             killer = threading.Thread(target=self._kill_later)
             killer.start()
             with contextlib.suppress(LMCacheError, OSError, AssertionError):

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from cache_worlds import DIRECTORY, MIB, ROOT, OpenCache, held, keys, store
 from memory_files import Killed, MemoryFiles
 
 from lmcache.cache.base import PAGE_BYTES
-from lmcache.cache.opening import check_fits, sweep_leftovers
-from lmcache.cache.records import RECORD_BYTES
+from lmcache.cache.opening import check_fits, open_pool, pool_directory, sweep_leftovers
+from lmcache.cache.records import RECORD_BYTES, parse
 from lmcache.errors import ConfigError, PoolError
 
 
@@ -95,6 +97,18 @@ def test_a_record_outside_the_memory_that_exists_is_not_adopted(open_small: Open
         assert held(cache, 0, 8) == [0]
 
 
+def test_a_few_small_chunks_far_apart_in_a_large_pool_are_adopted(open_small: OpenCache, files: MemoryFiles) -> None:
+    cache = open_small(8192)
+    cache.pool.grow(8192 * MIB)
+    for number, offset in enumerate((0, 4096 * MIB, 8192 * MIB - PAGE_BYTES)):
+        cache._records.publish(number, keys(number, number + 1), 0, (1, PAGE_BYTES), offset, number)
+    cache._records.flush()
+    files.die()
+    cache = open_small(8192)
+    assert held(cache, 0, 3) == [0, 1, 2]
+    assert cache.usage().used_bytes == 3 * PAGE_BYTES
+
+
 def test_a_chunk_that_lacks_a_rank_is_not_adopted(open_small: OpenCache, files: MemoryFiles) -> None:
     cache = open_small()
     for rank in range(2):
@@ -146,12 +160,30 @@ def test_quarantined_chunks_are_not_found_again(open_small: OpenCache, files: Me
 
 
 @pytest.mark.parametrize(
-    "change", ["size", "chunk_tokens", "boot", "pool mode", "pool link", "records mode", "owner", "inode"]
+    ("change", "reason"),
+    [
+        ("size", "it was made with --l1-size-gb 0.0625, this server has 0.078125"),
+        ("chunk_tokens", "it was made with --chunk-size 256, this server has 128"),
+        ("both", "it was made with --l1-size-gb 0.0625, .*; it was made with --chunk-size 256, this server has 128"),
+        ("boot", "it is from before this machine was last started"),
+        ("pool mode", "its file pool has mode 0660, not 0600"),
+        ("pool link", "its file pool has 2 names, not 1"),
+        ("pool kind", "its file pool is not a regular file"),
+        ("pool gone", "its pool file is missing"),
+        ("pool size", "its pool file has 4096 bytes, its records say 67108864"),
+        ("records mode", "its file records has mode 0604, not 0600"),
+        ("owner", "its file pool belongs to user 0, this server runs as 1000"),
+        ("inode", r"its records are of pool file \d+, the one there is \d+"),
+        ("version", "its records have version 1, this server has 2"),
+        ("header", "its records have no header that can be read"),
+        ("records gone", "its records have no header that can be read"),
+    ],
 )
-def test_what_does_not_fit_in_every_respect_is_not_adopted_but_replaced(
-    open_small: OpenCache, files: MemoryFiles, change: str
+@pytest.mark.parametrize("persist", [False, True])
+def test_what_does_not_fit_in_every_respect_is_not_adopted_but_replaced_with_a_reason(
+    open_small: OpenCache, files: MemoryFiles, change: str, reason: str, persist: bool
 ) -> None:
-    store(open_small(), 0, 3)
+    store(open_small(persist=persist), 0, 3)
     files.die()
     pool, records = files.nodes[f"{DIRECTORY}/pool"], files.nodes[f"{DIRECTORY}/records"]
     match change:
@@ -161,16 +193,110 @@ def test_what_does_not_fit_in_every_respect_is_not_adopted_but_replaced(
             pool.mode = 0o660
         case "pool link":
             pool.links = 2
+        case "pool kind":
+            pool.kind = "other"
+        case "pool gone":
+            files.remove(f"{DIRECTORY}/pool")
+        case "pool size":
+            pool.size_bytes = 4096
         case "records mode":
             records.mode = 0o604
+        case "records gone":
+            files.remove(f"{DIRECTORY}/records")
         case "owner":
             pool.owner = 0
         case "inode":
             pool.inode += 100
-    cache = open_small(80 if change == "size" else 64, chunk_tokens=128 if change == "chunk_tokens" else 256)
-    assert held(cache, 0, 3) == []
+        case "version":
+            records.data[8] = 1
+        case "header":
+            records.data[20] ^= 1
+    size_bytes, chunk_tokens = (80 if change in ("size", "both") else 64) * MIB, 256
+    if change in ("chunk_tokens", "both"):
+        chunk_tokens = 128
+    notes: list[str] = []
+    opened, _ = open_pool(DIRECTORY, size_bytes, chunk_tokens, files, persist=persist, note=notes.append)
+    opened.close(persist=True)
+    assert len(notes) == 1
+    assert re.fullmatch(f"the L1 that the server before left is not used and was removed: {reason}", notes[0])
     assert files.nodes[f"{DIRECTORY}/pool"] is not pool
+    cache = open_small(size_bytes // MIB, chunk_tokens=chunk_tokens)
+    assert held(cache, 0, 3) == []
     store(cache, 0, 3)
+
+
+def test_nothing_is_noted_where_nothing_was_left_or_all_fits(files: MemoryFiles) -> None:
+    notes: list[str] = []
+    for _ in range(2):
+        pool, _ = open_pool(DIRECTORY, 64 * MIB, 256, files, note=notes.append)
+        pool.close(persist=True)
+    assert notes == []
+
+
+def test_a_size_that_is_no_whole_number_of_pages_is_the_same_at_the_next_start(files: MemoryFiles) -> None:
+    notes: list[str] = []
+    for extra_bytes in (5, 4000):
+        pool, _ = open_pool(DIRECTORY, 64 * MIB + extra_bytes, 256, files, note=notes.append)
+        pool.close(persist=True)
+    assert notes == []
+
+
+@pytest.mark.parametrize("name", ["5555", "a", "_-.x", "A" * 64])
+def test_the_name_of_an_instance_is_that_of_its_directory(name: str) -> None:
+    assert pool_directory(ROOT, name) == f"{ROOT}/{name}"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", "a b", "ä", "a\n", "A" * 65, "a\0"])
+def test_a_name_that_is_none_of_an_instance_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be the name of an instance"):
+        pool_directory(ROOT, name)
+
+
+def test_after_a_clean_stop_that_writes_the_order_what_was_asked_for_last_stays_longest(
+    open_small: OpenCache,
+) -> None:
+    cache = open_small(persist=True)
+    store(cache, 0, 64)
+    assert held(cache, 10, 12) == [10, 11]
+    cache.close(persist=True)
+    cache = open_small(persist=True)
+    order = [int.from_bytes(cache._index.keys[entry], "big") for entry in cache.policy.victims()]
+    assert order == [*range(63, 11, -1), *range(9, -1, -1), 10, 11]
+    store(cache, 100, 160)
+    assert held(cache, 0, 64) == [0, 1, 10, 11]
+
+
+@pytest.mark.parametrize("byte", [0, 50, 100, 127])
+def test_writing_the_order_makes_no_torn_record_whole(open_small: OpenCache, files: MemoryFiles, byte: int) -> None:
+    cache = open_small()
+    store(cache, 0, 3)
+    files.nodes[f"{DIRECTORY}/records"].data[PAGE_BYTES + RECORD_BYTES + byte] ^= 0x40
+    cache._records.write_order([0, 1, 2])
+    files.die()
+    assert held(open_small(), 0, 3) == [0, 2]
+
+
+def test_killed_while_the_order_is_written_no_chunk_is_lost(open_small: OpenCache, files: MemoryFiles) -> None:
+    cache = open_small()
+    store(cache, 0, 60)
+    files.kill_at(0, 40 * RECORD_BYTES)
+    with pytest.raises(Killed):
+        cache._records.write_order(range(60))
+    files.die()
+    assert held(open_small(), 0, 60) == list(range(60))
+
+
+def test_chunks_marked_clean_are_not_told_as_dirty_at_the_next_start(open_small: OpenCache, files: MemoryFiles) -> None:
+    cache = open_small()
+    store(cache, 0, 4)
+    slots = [cache._index.slots(cache._index.by_key[keys(number, number + 1)])[0] for number in (1, 2)]
+    cache._records.mark_clean(slots)
+    cache._records.flush()
+    files.die()
+    image = bytes(files.nodes[f"{DIRECTORY}/records"].data[PAGE_BYTES:])
+    clean = [record.checksum for slot in range(4) if (record := parse(image, slot)) and record.clean]
+    assert sorted(clean) == [1, 2]
+    assert held(open_small(), 0, 4) == [0, 1, 2, 3]
 
 
 def test_a_second_server_on_the_same_directory_is_refused(open_small: OpenCache) -> None:

@@ -106,7 +106,12 @@ class CacheLife(RuleBasedStateMachine):
         links = [bytes([family]) + number.to_bytes(31, "big") for number in range(start, start + num)]
         owner = self.owner(index)
         reservation = self.cache.reserve(
-            owner, b"".join(links), rank=rank, world_size=world_size, extent_bytes=extent_bytes, origin=tenant + bytes(24)
+            owner,
+            b"".join(links),
+            rank=rank,
+            world_size=world_size,
+            extent_bytes=extent_bytes,
+            origin=tenant + bytes(24),
         )
         states = list(reservation.states)
         if State.FULL in states:

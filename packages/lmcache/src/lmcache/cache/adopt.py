@@ -1,7 +1,7 @@
 """What a server finds again of the one before it: the chunks whose records are whole and do not contradict each other.
 
-Once, at a start: about 1 us a record. To be that quick it goes through all records column by column, and looks at
-single ones only where they contradict each other.
+Once, at a start: about 1 us a record, 2 where chunks have several ranks, and 0.5 kB of memory each meanwhile. To be
+that quick it goes through all records column by column, and looks at single ones only where they contradict each other.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import TypeVar
 
 from lmcache.cache.base import NO_WRITER, PAGE_BYTES
@@ -21,7 +22,7 @@ from lmcache.cache.index import Index
 from lmcache.cache.origins import Origins
 from lmcache.cache.pool import Pool
 from lmcache.cache.quotas import Quotas
-from lmcache.cache.records import COMMITTED, RECORD_BYTES, RESERVED, Columns, Records, extent_of, is_clear, part_of
+from lmcache.cache.records import COMMITTED, RECORD_BYTES, RESERVED, Columns, Records, is_clear, part_of
 from lmcache.keys import TENANT_BYTES
 
 _T = TypeVar("_T")
@@ -66,7 +67,7 @@ def adopt(
         taken = _all_slots(groups, reserved)
         index.load_slots(columns.offset, columns.checksum, _own(columns, taken, origins, quotas))
         for slot in reserved:
-            claims.aside[-1 - slot] = Aside(None, extent_of(columns.extent[slot])[1], [slot])
+            claims.aside[-1 - slot] = Aside(None, columns.writer[slot], [slot])
         _free_others(image, taken, index, records)
         return _reveal(columns, groups, index, quotas)
 
@@ -98,16 +99,16 @@ def _by_item(column: Sequence[int], slots: Slots) -> dict[int, Slots]:
     return dict(groups)
 
 
-def _size(word: int) -> int:
-    """Pool bytes of an extent, from an item of ``Columns.extent``."""
-    return -(-extent_of(word)[0] // PAGE_BYTES) * PAGE_BYTES
+def _size(length: int) -> int:
+    """Pool bytes of an extent."""
+    return -(-length // PAGE_BYTES) * PAGE_BYTES
 
 
 def _all_slots(groups: list[Chunks], reserved: list[int]) -> Slots:
     columns = [slots for chunks in groups for slots in chunks]
-    return (
-        columns[0] if len(columns) == 1 and not reserved else [*reserved, *(slot for each in columns for slot in each)]
-    )
+    if len(columns) == 1 and not reserved:
+        return columns[0]
+    return [*reserved, *(slot for slots in columns for slot in slots)]
 
 
 def _without(chunks: Chunks, lost: set[int]) -> Chunks:
@@ -122,9 +123,8 @@ def _without(chunks: Chunks, lost: set[int]) -> Chunks:
 def _candidates(columns: Columns, pool: Pool) -> tuple[list[Chunks], list[int]]:
     """Complete chunks by world size, and extents that a living writer may be writing to."""
     slots = columns.slots
-    empty = {word for word in set(columns.extent) if extent_of(word)[0] == 0}
-    if empty:
-        slots = [slot for slot in slots if columns.extent[slot] not in empty]
+    if 0 in columns.length:
+        slots = [slot for slot in slots if columns.length[slot]]
     worlds: dict[int, dict[int, Slots]] = {}
     reserved: list[int] = []
     for word, of_word in _by_item(columns.part, slots).items():
@@ -142,9 +142,9 @@ def _candidates(columns: Columns, pool: Pool) -> tuple[list[Chunks], list[int]]:
         single = set(_once(columns, [slot for chunks in groups for slot in chunks[0]]))
         groups = [_without(chunks, set(chunks[0]) - single) for chunks in groups]
     reserved.sort()
-    writers = [extent_of(columns.extent[slot])[1] for slot in reserved]
-    alive = {writer for writer in set(writers) if writer != NO_WRITER and pool.writer_alive(writer)}
-    return groups, [slot for slot, writer in zip(reserved, writers, strict=True) if writer in alive]
+    writers = {columns.writer[slot] for slot in reserved} - {NO_WRITER}
+    alive = {writer for writer in writers if pool.writer_alive(writer)}
+    return groups, [slot for slot in reserved if columns.writer[slot] in alive]
 
 
 def _once(columns: Columns, slots: Slots) -> Slots:
@@ -165,10 +165,10 @@ def _complete(columns: Columns, ranks: Chunks) -> Chunks:
     common = set(by_key[0]).intersection(*by_key[1:])
     keys = [key for key in by_key[0] if key in common]
     chunks: Chunks = [[held[key] for key in keys] for held in by_key]
-    lengths = [_pick(columns.extent, slots) for slots in chunks]
+    lengths = [_pick(columns.length, slots) for slots in chunks]
     if all(column == lengths[0] for column in lengths):
         return chunks
-    uneven = {slots[0] for slots in zip(*chunks, strict=True) if len({columns.extent[slot] for slot in slots}) > 1}
+    uneven = {slots[0] for slots in zip(*chunks, strict=True) if len({columns.length[slot] for slot in slots}) > 1}
     return _without(chunks, uneven)
 
 
@@ -177,23 +177,27 @@ def _complete(columns: Columns, ranks: Chunks) -> Chunks:
 
 def _place(columns: Columns, groups: list[Chunks], reserved: list[int], extents: Extents) -> set[int]:
     """Take the extents of all candidates; returns slots of those that cannot have theirs, one a chunk at least."""
-    slots, offset, extent = _all_slots(groups, reserved), columns.offset, columns.extent
-    classes: dict[int, tuple[Sequence[int], Slots]] = {}
-    for word, of_word in _by_item(extent, slots).items():
-        offsets, others = classes.get(_size(word), ((), ()))
-        held = _pick(offset, of_word), of_word
-        classes[_size(word)] = ((*offsets, *held[0]), (*others, *of_word)) if others else held
+    slots, offset, length = _all_slots(groups, reserved), columns.offset, columns.length
+    by_length = _by_item(length, slots)
+    if len(by_length) == 1:
+        classes = {_size(item): (_pick(offset, slots), slots) for item in by_length}
+    else:
+        lists: dict[int, tuple[list[int], list[int]]] = {_size(item): ([], []) for item in by_length}
+        for item, of_length in by_length.items():
+            lists[_size(item)][0].extend(_pick(offset, of_length))
+            lists[_size(item)][1].extend(of_length)
+        classes = dict(lists)
     contested = extents.place_many(classes)
     if not contested:
         return set()
     lost = {
-        slot for slot in reserved if slot in contested and not extents.place(offset[slot], _size(extent[slot]), slot)
+        slot for slot in reserved if slot in contested and not extents.place(offset[slot], _size(length[slot]), slot)
     }
     chunks = [slots for group in groups for slots in zip(*group, strict=True) if not contested.isdisjoint(slots)]
     for parts in sorted(chunks, key=lambda parts: max(columns.sequence[slot] for slot in parts), reverse=True):
         taken = [slot for slot in parts if slot not in contested]
         for slot in contested.intersection(parts):
-            if extents.place(offset[slot], _size(extent[slot]), slot):
+            if extents.place(offset[slot], _size(length[slot]), slot):
                 taken.append(slot)
             else:
                 lost.add(slot)
@@ -206,11 +210,11 @@ def _place(columns: Columns, groups: list[Chunks], reserved: list[int], extents:
 def _own(columns: Columns, slots: Slots, origins: Origins, quotas: Quotas) -> array[int]:
     """Count what lies in ``slots`` to its tenants; returns the numbers of all slots' origins."""
     numbers = array("I", [0]) * len(columns.origins)
-    for word, of_word in _by_item(columns.extent, slots).items():
-        for number, num in Counter(_pick(columns.origin, of_word)).items():
+    for length, of_length in _by_item(columns.length, slots).items():
+        for number, num in Counter(_pick(columns.origin, of_length)).items():
             origin = columns.origins[number]
             numbers[number] = origins.take(origin, num)
-            quotas.add(origin[:TENANT_BYTES], _size(word) * num)
+            quotas.add(origin[:TENANT_BYTES], _size(length) * num)
     return array("I", map(numbers.__getitem__, columns.origin))
 
 
@@ -218,10 +222,10 @@ def _free_others(image: bytes, taken: Slots, index: Index, records: Records) -> 
     """Free all slots but these, and clear their records where there is something to clear."""
     if len(taken) == index.num_slots:
         return
-    is_taken = bytearray(index.num_slots)
+    is_free = bytearray(b"\1") * index.num_slots
     for slot in taken:
-        is_taken[slot] = 1
-    free = [slot for slot in range(index.num_slots - 1, -1, -1) if not is_taken[slot]]
+        is_free[slot] = 0
+    free = list(compress(range(index.num_slots - 1, -1, -1), reversed(is_free)))
     index.give_slots(free)
     for slot in free:
         if not is_clear(image, slot):
@@ -234,9 +238,7 @@ def _reveal(columns: Columns, groups: list[Chunks], index: Index, quotas: Quotas
     ages: list[int] = []
     is_clean = bytearray(1)
     for ranks in groups:
-        words = _pick(columns.extent, ranks[0])
-        lengths = array("I", [word & 0xFFFF_FFFF for word in words])
-        index.add_many(_pick(columns.keys, ranks[0]), lengths, ranks)
+        index.add_many(_pick(columns.keys, ranks[0]), _pick(columns.length, ranks[0]), ranks)
         rank_ages = [_pick(columns.sequence, slots) for slots in ranks]
         ages += rank_ages[0] if len(ranks) == 1 else map(max, *rank_ages)
         rank_clean = [_pick(columns.clean, slots) for slots in ranks]

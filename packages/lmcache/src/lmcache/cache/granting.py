@@ -9,7 +9,7 @@ from lmcache.cache.claims import Claim, Claims, Shape
 from lmcache.cache.evict.base import Policy
 from lmcache.cache.extents import Extents
 from lmcache.cache.index import Index
-from lmcache.cache.origins import UNKNOWN
+from lmcache.cache.origins import NOBODY
 from lmcache.cache.room import Room
 from lmcache.keys import KEY_BYTES
 
@@ -78,7 +78,7 @@ class Granting:
             return grant
         self._room.begin(self._limits.inline_grow_bytes)
         for rank in range(world_size):
-            slot = self._room.take(size, world_size - rank, UNKNOWN)
+            slot = self._room.take(size, world_size - rank, NOBODY)
             if slot is None:
                 self._claims.discard(grant.claim)
                 grant.states[0] = State.FULL

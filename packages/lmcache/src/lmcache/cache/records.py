@@ -254,8 +254,8 @@ def is_clear(image: bytes, slot: int) -> bool:
 class Columns:
     """An image by columns, each with an item a slot: what one pass over many records is quick on.
 
-    ``slots`` are those with a whole record, a ``range`` where all have one; items of others mean nothing. ``extent``
-    and ``part`` have few different items; what these say is told by ``extent_of`` and ``part_of``.
+    ``slots`` are those with a whole record, a ``range`` where all have one; items of others mean nothing. ``part`` has
+    few different items, of which ``part_of`` tells what they say.
     """
 
     def __init__(self, image: bytes, num_slots: int) -> None:
@@ -269,8 +269,10 @@ class Columns:
         self.origin = array("I", [numbers[origin] for (origin,) in _ORIGIN.iter_unpack(used)])
         self.origins: list[bytes] = list(numbers)  # by the items of ``origin``
         self.clean = used[_CLEAN_AT::RECORD_BYTES].tobytes()
-        offset, checksum, sequence, extent, part = (array("Q", words[at::step].tobytes()) for at in (4, 5, 6, 8, 9))
-        self.offset, self.checksum, self.sequence, self.extent, self.part = offset, checksum, sequence, extent, part
+        columns = (array("Q", words[at::step].tobytes()) for at in (4, 5, 6, 9))
+        self.offset, self.checksum, self.sequence, self.part = columns
+        halves = used.cast("I")
+        self.length, self.writer = (array("I", halves[at :: 2 * step].tobytes()) for at in (16, 17))
 
 
 class _Numbers(dict[bytes, int]):
@@ -279,11 +281,6 @@ class _Numbers(dict[bytes, int]):
     def __missing__(self, name: bytes) -> int:
         number = self[name] = len(self)
         return number
-
-
-def extent_of(word: int) -> tuple[int, int]:
-    """Length in bytes and writer slot, from an item of ``Columns.extent``."""
-    return word & 0xFFFF_FFFF, word >> 32
 
 
 def part_of(word: int) -> tuple[int, int, int]:
@@ -303,6 +300,6 @@ def _whole(used: memoryview) -> bytearray:
         page = used[start : start + PAGE_BYTES]
         if crc32(page) != _WHOLE_PAGE:
             first = start // RECORD_BYTES
-            flags = bytes(crc32(body) == crc for body, crc in _BODY_AND_CRC.iter_unpack(page))
+            flags = bytes([crc32(body) == crc for body, crc in _BODY_AND_CRC.iter_unpack(page)])
             whole[first : first + len(flags)] = flags
     return whole

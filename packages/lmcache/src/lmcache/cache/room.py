@@ -117,7 +117,14 @@ class Room:
     def _fits_limit(self, tenant: bytes, size: int) -> bool:
         """Make room among the tenant's own entries where its limit demands it; False where that is not enough."""
         while self._quotas.is_over(tenant, size):
-            victim = next((entry for entry in self._quotas.victims_of(tenant) if entry not in self.leased), None)
+            met: list[int] = []
+            victim = None
+            for entry in self._quotas.victims_of(tenant):
+                if entry not in self.leased:
+                    victim = entry
+                    break
+                met.append(entry)
+            self._policy.touch(met)
             if victim is None:
                 return False
             self.evict(victim)

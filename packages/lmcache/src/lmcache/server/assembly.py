@@ -77,7 +77,7 @@ def run_core(
             listener.bind(f"ipc://{plan.local_path}")
         share(plan.local_path, plan.gid)
         cache = _open_cache(plan.config, clock)
-        stack.callback(lambda: cache.pool.close(persist=plan.config.persist))
+        stack.callback(lambda: cache.close(persist=plan.config.persist))
         growth = Growth(cache.pool, lambda: _nudge(waker))
         stack.callback(growth.stop)
         growth.start()

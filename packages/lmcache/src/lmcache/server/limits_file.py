@@ -48,11 +48,14 @@ class LimitsFile:
             return {}
         except OSError as error:
             raise ConfigError(f"cannot read the limits of tenants in {self.path}: {error.strerror}") from error
-        with open(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
                 raise ConfigError(f"{self.path} is not a file that this user alone can write: mend or remove it")
-            data = file.read(FILE_BYTES_MAX + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(FILE_BYTES_MAX + 1)
+        finally:
+            os.close(descriptor)
         try:
             return _limits(data)
         except (ValueError, OverflowError, RecursionError) as error:

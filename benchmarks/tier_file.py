@@ -1,0 +1,228 @@
+"""The file tier against bare O_DIRECT system calls on the same disk: what does keeping objects cost?
+
+    python benchmarks/tier_file.py FOLDER [--json PATH] [--rounds 7] [--objects 100000]
+
+FOLDER is on a disk to be measured; about 5 GB are written below it and removed at the end. In every round the bare
+calls and the tier take turns, with the same objects from the same shared memory and as many threads as the tier has
+calls at a time (2 GB a size at most). The bare side of
+
+    fill   makes a file for each object with open, one pwrite and close
+    full   writes the objects over files of the same length that are there
+    load   reads such files with open, one pread and close
+
+while the tier fills up; is full, so that each put pushes an object out; and is read. Ratios are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import mmap
+import os
+import secrets
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from common import head, parser, write
+
+from lmcache.tiers import make_tier, objects
+from lmcache.tiers.base import Share, Tier
+from lmcache.tiers.objects import PAGE_BYTES, Header
+
+KIB, MIB, GB = 1 << 10, 1 << 20, 1 << 30
+ROUND_BYTES = 320 * MIB
+SIZES = (8 * MIB, 256 * KIB)
+RATIO = 0.9  # least ratio to the bare calls
+CONTAINS_US, SERVED_S = 10.0, 1.0  # at most
+SMALL_BYTES = 4 * KIB
+ANYBODY = Share(bytes(16))
+RUNNING_S = 0.2
+
+
+class Buffers:
+    """Objects' memory in a tmpfs file, as L1's: one for each thread."""
+
+    def __init__(self, count: int, extent_bytes: int) -> None:
+        self.object_bytes = PAGE_BYTES + extent_bytes
+        self.extent_bytes = extent_bytes
+        fd = os.memfd_create("buffers")
+        os.ftruncate(fd, count * self.object_bytes)
+        memory = memoryview(mmap.mmap(fd, count * self.object_bytes))
+        os.close(fd)
+        memory[:] = secrets.token_bytes(PAGE_BYTES) * (len(memory) // PAGE_BYTES)
+        self.all = [memory[at : at + self.object_bytes] for at in range(0, len(memory), self.object_bytes)]
+
+    def name(self, buffer: memoryview, key: bytes) -> None:
+        """Make the first page the header of an object."""
+        header = Header(key, bytes(16), bytes(16), bytes(8), self.extent_bytes, (0,))
+        buffer[:PAGE_BYTES] = objects.encode(header)
+
+
+def bare(buffers: Buffers, paths: Sequence[Path], verb: str) -> float:
+    """Seconds of system calls on files, in as many threads as there are buffers."""
+    flags = {"fill": os.O_CREAT | os.O_EXCL | os.O_WRONLY, "full": os.O_WRONLY, "load": os.O_RDONLY}[verb] | os.O_DIRECT
+
+    def work(index: int) -> None:
+        buffer = buffers.all[index]
+        for path in paths[index :: len(buffers.all)]:
+            fd = os.open(path, flags, 0o600)
+            count = os.preadv(fd, [buffer], 0) if verb == "load" else os.pwrite(fd, buffer, 0)
+            os.close(fd)
+            if count != len(buffer):
+                raise RuntimeError("a short read or write")
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(buffers.all))]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start
+
+
+async def through(tier: Tier, buffers: Buffers, keys: Sequence[bytes], verb: str) -> float:
+    """Seconds of as many calls of the tier at a time as there are buffers."""
+    waiting = iter(keys)
+
+    async def work(buffer: memoryview) -> None:
+        parts = [buffer[:PAGE_BYTES], buffer[PAGE_BYTES:]]
+        for key in waiting:
+            if verb == "load":
+                done = await tier.get(key, parts)
+            else:
+                buffers.name(buffer, key)
+                done = await tier.put(key, parts, ANYBODY)
+            if not done:
+                raise RuntimeError(f"{verb} was refused: {await tier.usage()}")
+
+    start = time.perf_counter()
+    await asyncio.gather(*(work(buffer) for buffer in buffers.all))
+    return time.perf_counter() - start
+
+
+async def throughput(folder: Path, extent_bytes: int, rounds: int) -> list[dict[str, Any]]:
+    """One row a verb."""
+    count = ROUND_BYTES // extent_bytes
+    capacity_gb = rounds * count * (extent_bytes + PAGE_BYTES) / GB
+    tier = make_tier({"type": "file", "base_path": str(folder / "tier"), "capacity_gb": capacity_gb + 1e-6})
+    buffers = Buffers(tier.concurrency, extent_bytes)
+    await tier.open()
+    (folder / "bare").mkdir()
+    seconds: dict[str, list[tuple[float, float]]] = {"fill": [], "full": [], "load": []}
+    kept: list[list[bytes]] = []
+    for verb, times in seconds.items():
+        for number in range(rounds):
+            paths = [folder / "bare" / f"{number}-{index}" for index in range(count)]
+            keys = kept[number - rounds] if verb == "load" else [secrets.token_bytes(32) for _ in range(count)]
+            turns: list[Callable[[], Any]] = [
+                lambda paths=paths, verb=verb: asyncio.to_thread(bare, buffers, paths, verb),
+                lambda keys=keys, verb=verb: through(tier, buffers, keys, verb),
+            ]
+            took = [0.0, 0.0]
+            for turn in (0, 1) if number % 2 else (1, 0):
+                took[turn] = await turns[turn]()
+            times.append((took[0], took[1]))
+            if verb != "load":
+                kept.append(keys)
+    await tier.close()
+    gigabytes = count * buffers.object_bytes / 1e9
+    return [
+        {
+            "verb": verb,
+            "extent_bytes": extent_bytes,
+            "threads": tier.concurrency,
+            "bare_gb_per_s": statistics.median(gigabytes / pair[0] for pair in times),
+            "tier_gb_per_s": statistics.median(gigabytes / pair[1] for pair in times),
+            "ratio": statistics.median(pair[0] / pair[1] for pair in times),
+        }
+        for verb, times in seconds.items()
+    ]
+
+
+async def lookups(folder: Path, count: int, rounds: int) -> dict[str, float]:
+    """Opening a folder of many small objects, and asking for them while it is looked through and afterwards."""
+    options = {"type": "file", "base_path": str(folder / "small"), "capacity_gb": 64}
+    keys = [secrets.token_bytes(32) for _ in range(count)]
+    tier = make_tier(options)
+    buffers = Buffers(tier.concurrency, SMALL_BYTES)
+    await tier.open()
+    await through(tier, buffers, keys, "fill")
+    await tier.close()
+
+    tier = make_tier(options)
+    start = time.perf_counter()
+    await tier.open()
+    found = await tier.contains(keys[:1000])
+    served_s = time.perf_counter() - start
+    longest_s = 0.0
+    while (await tier.usage()).num_objects != count:
+        before = time.perf_counter()
+        await asyncio.sleep(0.001)
+        longest_s = max(longest_s, time.perf_counter() - before - 0.001)
+    scan_s = time.perf_counter() - start
+    if not all(found):
+        raise RuntimeError("objects that are there were not found")
+    await asyncio.sleep(RUNNING_S)
+    times = []
+    for number in range(rounds):
+        some = keys[number * 997 % count :][:10_000]
+        before = time.perf_counter()
+        sizes = await tier.contains(some)
+        times.append((time.perf_counter() - before) / len(some))
+        if not all(sizes):
+            raise RuntimeError("objects that are there were not found")
+    await tier.close()
+    return {
+        "objects": float(count),
+        "served_s": served_s,
+        "scan_s": scan_s,
+        "loop_longest_wait_ms": longest_s * 1e3,
+        "contains_us": statistics.median(times) * 1e6,
+    }
+
+
+def main() -> int:
+    """Exit 1 when a bound is missed."""
+    options = parser(__doc__)
+    options.add_argument("folder", type=Path, help="where to write; it must exist")
+    options.add_argument("--rounds", type=int, default=7, help="alternations a verb (default 7)")
+    options.add_argument("--objects", type=int, default=100_000, help="of the folder that is opened again")
+    args = options.parse_args()
+    facts = head()
+    folder = Path(tempfile.mkdtemp(prefix="tier_file-", dir=args.folder))
+    rows: list[dict[str, Any]] = []
+    try:
+        print(f"{'':6}{'extent':>10}{'threads':>9}{'bare GB/s':>11}{'tier GB/s':>11}{'ratio':>8}{'bound':>8}")
+        for extent_bytes in SIZES:
+            for row in asyncio.run(throughput(folder, extent_bytes, args.rounds)):
+                rows.append(row)
+                print(
+                    f"{row['verb']:6}{extent_bytes // KIB:>6} KiB{row['threads']:>9}{row['bare_gb_per_s']:>11.2f}"
+                    f"{row['tier_gb_per_s']:>11.2f}{row['ratio']:>8.2f}{f'>={RATIO}':>8}"
+                )
+            shutil.rmtree(folder)
+            folder.mkdir()
+            gc.collect()
+        found = asyncio.run(lookups(folder, args.objects, 50))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"\n{args.objects} objects of {SMALL_BYTES // KIB} KiB: first lookup answered {found['served_s']:.3f} s after the"
+        f" start of open (bound {SERVED_S:g}), all looked through after {found['scan_s']:.1f} s, the event loop waited"
+        f" {found['loop_longest_wait_ms']:.1f} ms at most; lookup {found['contains_us']:.2f} us a key"
+        f" (bound {CONTAINS_US:g})"
+    )
+    write(args.json, {**facts, "throughput": rows, "lookups": found})
+    reached = all(row["ratio"] >= RATIO for row in rows)
+    return 0 if reached and found["served_s"] <= SERVED_S and found["contains_us"] <= CONTAINS_US else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Entry of the private server's process: `lmcache server` that ends with the process that started it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """``python -m lmcache.benchmark.tier_child PARENT_PID OPTION...``: run a server until that parent is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    parent, *words = sys.argv[1:]
+    if os.getppid() != int(parent):
+        return  # it died before we could ask to be told
+
+    from lmcache.server.command import server
+
+    server(words, prog_name="lmcache server")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The stores that the conformance suite runs over, one module each."""

@@ -1,0 +1,16 @@
+"""The memory of the test's own process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAME = "memory"
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[dict[str, Any]]:  # noqa: ARG001
+    """The options of a tier."""
+    yield {"type": "memory", "capacity_gb": 0.25}
