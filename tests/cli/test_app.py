@@ -87,6 +87,7 @@ def test_wrong_usage_is_one_line_and_exit_2(lmcache: Run, words: str, said: str)
         ("server", "-h"),
         ("server", "--unheard-of"),
         ("bench server", "--duration 5"),
+        ("bench tier", "--l2-path /tmp"),
         ("engine", ""),
         ("demo", ""),
     ],

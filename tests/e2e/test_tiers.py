@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def test_after_a_restart_of_the_server_the_prompt_comes_from_disk(
         server.start()
         wait_for(lambda: is_ready(server, 2), "the engine attaches again")
         assert server.status()["storage_manager"]["l1_manager"]["total_object_count"] == 0
-        assert tier_objects(server) >= num_chunks
+        wait_for(lambda: tier_objects(server) == num_chunks, "the folder has been looked through")
         for entry, tokens in zip(entries, expected, strict=True):
             warm = engine.generate([entry])
             assert (warm["cached"], warm["tokens"]) == ([expected_hit(len(entry))], [tokens])
@@ -75,8 +76,6 @@ def redis_server(folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
 def test_an_engine_on_another_server_hits_what_the_first_one_computed(
     tiny: Path, logs: Path, tmp_path: Path, plain: Plain, is_stopped: bool
 ) -> None:
-    import signal
-
     entry = prompt(910, 1700)
     expected = plain.tokens([entry])
     with redis_server(tmp_path) as (port, redis):

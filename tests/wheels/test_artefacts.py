@@ -107,7 +107,7 @@ def test_the_copy_engine_needs_only_the_c_and_cpp_runtimes(full: Wheel) -> None:
 
 def test_the_entry_points_differ_by_the_commands_that_need_the_runtime(thin: Wheel, full: Wheel) -> None:
     more = entry_points(full)
-    assert set(more.pop("lmcache.commands")) == {"bench.server", "demo", "engine", "server"}
+    assert set(more.pop("lmcache.commands")) == {"bench.server", "bench.tier", "demo", "engine", "server"}
     assert more == entry_points(thin) == {"console_scripts": {"lmcache": "lmcache_cli.__main__:main"}}
 
 

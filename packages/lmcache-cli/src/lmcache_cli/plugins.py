@@ -24,6 +24,7 @@ RUNTIME = {
     "engine": "Serve a small model with the cache, no vLLM. Needs the full package.",
     "demo": "Server and engine, one long document asked again. Needs the full package.",
     "bench.server": "Store and retrieve against a running server. Needs the full package.",
+    "bench.tier": "Store to and load from one tier below L1. Needs the full package.",
 }
 """Commands that come with the full package; they join through their entry points like any other."""
 
