@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from stopping import stop
+
 HANG_S = 60.0
 NODE = """
 import os, sys
@@ -71,7 +73,7 @@ class Master:
     def pause(self) -> None:
         """SIGSTOP."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
+        stop(self.process.pid)
 
     def resume(self) -> None:
         """SIGCONT."""

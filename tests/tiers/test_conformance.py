@@ -29,9 +29,10 @@ import json, sys
 from lmcache.tiers import make_tier
 options = json.load(sys.stdin)
 doings, before = [], set(sys.modules)
+watched = ("socket.connect", "socket.bind", "os.mkdir", "subprocess.Popen", "_thread.start_new_thread")
 def watch(event, args):
     is_writing = event == "open" and isinstance(args[2], int) and args[2] & 3
-    if is_writing or event in ("socket.connect", "socket.bind", "os.mkdir", "subprocess.Popen", "_thread.start_new_thread"):
+    if is_writing or event in watched:
         doings.append(f"{event} {args}")
 sys.addaudithook(watch)
 tier = make_tier(options)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from mooncake_running import Master, free_ports, master, node
 from remote_objects import HANG_S, NOBODY, blank, holds, made, opened, size
+from stopping import stop
 
 from lmcache.errors import ConfigError, TierError
 from lmcache.tiers import make_tier
@@ -116,7 +117,7 @@ def test_a_stopped_node_fails_the_transfer_and_gives_whole_objects_when_it_goes_
             async with opened(options(store)) as tier:
                 key, parts = made("kept", extent_bytes=4 << 20)
                 assert await tier.put(key, parts, NOBODY)
-                process.send_signal(signal.SIGSTOP)
+                stop(process.pid)
                 room = blank(parts)
                 with pytest.raises(TierError, match="node"):
                     await tier.get(key, room)

@@ -114,16 +114,19 @@ def test_close_ends_calls_that_wait(server: RedisServer) -> None:
 
 def test_a_full_server_takes_no_more_and_says_why_until_it_has_room_again(server: RedisServer) -> None:
     async def body() -> None:
-        old, new = made("old"), made("new")
+        old, new, counted = made("old"), made("new"), made("counted", tenant=TENANT)
         async with opened(options(server)) as tier:
             assert await tier.put(*old, NOBODY)
+            assert await tier.put(*counted, Share(TENANT, 1 << 30))
             server.say("CONFIG", "SET", "maxmemory", "1")
             assert not await tier.put(*new, NOBODY)
             assert not await tier.put(*new, Share(TENANT, 1 << 30))
+            assert not await tier.put(*counted, Share(TENANT, 1 << 30))  # the older one is still there, and counts
             usage = await tier.usage()
             assert usage.capacity_bytes == 1
             assert usage.problem is not None
             assert "full" in usage.problem
+            assert usage.tenant_bytes == {TENANT: size(counted[1])}
             assert await holds(tier, *old)
             assert not await holds(tier, *new)
             server.say("CONFIG", "SET", "maxmemory", "0")
