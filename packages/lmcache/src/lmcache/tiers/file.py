@@ -15,15 +15,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
 
 from lmcache.errors import TierError
 from lmcache.tiers.base import Share, Usage
 from lmcache.tiers.catalog import Catalog
 from lmcache.tiers.file_folder import FOLDERS, Folder, Outcome
-from lmcache.tiers.file_io import Found, newest_first
+from lmcache.tiers.file_io import Found, oldest_first
+from lmcache.tiers.file_threads import Threads
 from lmcache.tiers.options import GB, Options
 
 CLOSE_S = 5.0
@@ -34,8 +33,6 @@ BATCH = 128
 
 SURPLUS = 8  # files removed in one go
 FULL_S, FULL_S_MAX = 1.0, 60.0
-
-Result = TypeVar("Result")
 
 log = logging.getLogger("lmcache.tiers")
 
@@ -53,9 +50,8 @@ class FileTier:
         self.concurrency = options.integer("threads", 4, 1, 64)
         self._folder = Folder(self.place)
         self._catalog = Catalog(self._capacity_bytes)
-        self._threads = ThreadPoolExecutor(self.concurrency, "tier-file")
-        self._aside = ThreadPoolExecutor(2, "tier-file-look")  # so that slow writes delay neither lookups nor the scan
-        self._calls: set[asyncio.Future[Any]] = set()
+        self._threads = Threads(self.concurrency, "tier-file")
+        self._aside = Threads(2, "tier-file-look")  # so that slow writes delay neither lookups nor the scan
         self._full = _Full()
         self._scan: asyncio.Task[None] | None = None
         self._scan_problem: str | None = None
@@ -70,7 +66,7 @@ class FileTier:
         Raises:
             TierError: another server uses it, or the file system refuses.
         """
-        await self._run(self._aside, self._folder.open)
+        await self._aside.run(self._folder.open)
         self._start_scan()
 
     async def contains(self, keys: Sequence[bytes]) -> list[int]:
@@ -79,7 +75,7 @@ class FileTier:
         if not self._is_known:
             unseen = [index for index, size in enumerate(sizes) if not size and keys[index] not in self._settled]
             if unseen:
-                by_name = await self._run(self._aside, self._folder.sizes, [keys[index] for index in unseen])
+                by_name = await self._aside.run(self._folder.sizes, [keys[index] for index in unseen])
                 for index, size in zip(unseen, by_name, strict=True):
                     sizes[index] = size
         return sizes
@@ -109,7 +105,7 @@ class FileTier:
             return False
         self._catalog.hold(key)
         try:
-            outcome = await self._run(self._threads, self._folder.read, key, parts, size > 0)
+            outcome = await self._threads.run(self._folder.read, key, parts, size > 0)
         finally:
             self._catalog.release(key)
         if outcome is Outcome.ABSENT:
@@ -125,7 +121,7 @@ class FileTier:
         for key in keys:
             self._catalog.hold(key)
         try:
-            await self._run(self._threads, self._folder.remove, keys)
+            await self._threads.run(self._folder.remove, keys)
             for key in keys:
                 self._catalog.remove(key)
                 self._settle(key)
@@ -153,11 +149,8 @@ class FileTier:
         if self._scan is not None:
             self._scan.cancel()
             await asyncio.wait([self._scan])
-        if self._calls:
-            await asyncio.wait(self._calls, timeout=CLOSE_S)
-        for threads in (self._threads, self._aside):
-            threads.shutdown(wait=not self._calls, cancel_futures=True)
-        if not self._calls:
+        ended = await asyncio.gather(self._threads.close(CLOSE_S), self._aside.close(CLOSE_S))
+        if all(ended):
             self._folder.close()
 
     async def _put(self, key: bytes, parts: Sequence[memoryview], share: Share) -> bool | None:
@@ -172,7 +165,7 @@ class FileTier:
         try:
             with self._as_leaving(gone):
                 rest = [victim for victim in gone if victim != reuse]
-                stored = await self._run(self._threads, self._folder.write, key, parts, rest, reuse)
+                stored = await self._threads.run(self._folder.write, key, parts, rest, reuse)
         finally:
             if self._generation != self._folder.generation:
                 self._start_again()
@@ -197,12 +190,6 @@ class FileTier:
             for key in keys:
                 del self._leaving[key]
             over.set_result(None)
-
-    async def _run(self, threads: ThreadPoolExecutor, work: Callable[..., Result], *args: object) -> Result:
-        call = asyncio.get_running_loop().run_in_executor(threads, work, *args)
-        self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
-        return await asyncio.shield(call)  # a scan that is cancelled leaves a call behind
 
     # --- what is in the folder
 
@@ -237,24 +224,25 @@ class FileTier:
     async def _learn(self) -> None:
         runs: list[list[Found]] = []
         for index in range(len(FOLDERS)):
-            run = await self._run(self._aside, self._folder.look, index)
+            run = await self._aside.run(self._folder.look, index)
             for at in range(0, len(run), BATCH):
-                for found in run[at : at + BATCH]:
-                    if found.key not in self._settled:
-                        self._catalog.add(found.key, found.num_bytes, found.tenant)
+                for _, key, num_bytes, tenant in run[at : at + BATCH]:
+                    if key not in self._settled:
+                        self._catalog.add(key, num_bytes, tenant)
                 await asyncio.sleep(0)
             runs.append(run)
-        order = await self._run(self._aside, newest_first, runs)
-        for at in range(0, len(order), BATCH):
-            for key in order[at : at + BATCH]:
+        order = await self._aside.run(oldest_first, runs)
+        while order:
+            for key in reversed(order[-BATCH:]):
                 if key not in self._settled:
                     self._catalog.demote(key)
+            del order[-BATCH:]
             await asyncio.sleep(0)
         self._is_known = True
         self._settled.clear()
         while surplus := [victim.key for victim in self._catalog.surplus(SURPLUS)]:
             with self._as_leaving(surplus):
-                await self._run(self._aside, self._folder.remove, surplus)
+                await self._aside.run(self._folder.remove, surplus)
 
 
 class _Full:

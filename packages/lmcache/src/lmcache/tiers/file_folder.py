@@ -180,7 +180,7 @@ class Folder:
         Raises:
             TierError: the folder cannot be read.
         """
-        found = []
+        found: list[Found] = []
         page = mmap.mmap(-1, objects.header_bytes(objects.RANKS_MAX))
         with self._sentence("read"), memoryview(page) as buffer:
             try:
@@ -219,7 +219,7 @@ class Folder:
         if header is None or header.key != key or header.num_bytes != about.st_size:
             self._discard(path, about)
             return None
-        return Found(about.st_mtime_ns, key, about.st_size, header.tenant)
+        return about.st_mtime_ns, key, about.st_size, header.tenant
 
     def _discard(self, path: str, about: os.stat_result) -> None:
         """Remove a file unless another one has taken its place."""

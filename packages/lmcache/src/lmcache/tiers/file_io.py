@@ -9,7 +9,6 @@ import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from lmcache.tiers import objects
 
@@ -18,13 +17,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 REST_EVERY, REST_S = 64, 50e-6  # a thread that only computes lets others have Python's lock so often
 
 
-class Found(NamedTuple):
-    """An object seen by ``look``; sorts by when it was used last."""
-
-    used_ns: int
-    key: bytes
-    num_bytes: int
-    tenant: bytes
+Found = tuple[int, bytes, int, bytes]
+"""An object seen by a look: when it was used last (ns), its key, bytes and tenant. No class: the garbage collector
+leaves plain tuples of numbers and bytes alone, and there may be a million."""
 
 
 def takes_direct(folder: int, path: str) -> bool:
@@ -86,15 +81,22 @@ def read_header(fd: int, buffer: memoryview) -> objects.Header | None:
         return None
 
 
-def newest_first(runs: Sequence[list[Found]]) -> list[bytes]:
-    """Keys of sorted runs, merged."""
+def oldest_first(runs: Sequence[list[Found]]) -> list[bytes]:
+    """Keys of sorted runs, merged. The runs are used up, bit by bit: freeing millions of items at once takes long."""
+    newest = [(-run[-1][0], index) for index, run in enumerate(runs) if run]
+    heapq.heapify(newest)
     merged = []
-    for run in runs:
-        run.reverse()
-    for count, found in enumerate(heapq.merge(*runs, reverse=True)):
-        merged.append(found.key)
-        if count % REST_EVERY == 0:
+    while newest:
+        index = newest[0][1]
+        run = runs[index]
+        merged.append(run.pop()[1])
+        if run:
+            heapq.heapreplace(newest, (-run[-1][0], index))
+        else:
+            heapq.heappop(newest)
+        if len(merged) % REST_EVERY == 0:
             time.sleep(REST_S)
+    merged.reverse()
     return merged
 
 

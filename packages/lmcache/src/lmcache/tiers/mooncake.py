@@ -40,7 +40,7 @@ class MooncakeTier:
     """One client of a Mooncake Store. With ``segment_gb`` it is also a node, whose memory ends with this process."""
 
     kind = "MooncakeStoreL2Adapter"
-    concurrency = 4
+    concurrency = 4  # hides the master's round trips; where nodes share our cores, fewer would be faster
 
     def __init__(self, options: Options) -> None:
         """Read the options.
@@ -86,7 +86,12 @@ class MooncakeTier:
         return await self._run(self._sizes, keys)
 
     async def put(self, key: bytes, parts: Sequence[memoryview], share: Share) -> bool:
-        """See ``Tier``. A tenant's bytes cannot be counted, since other servers write too."""
+        """See ``Tier``. A tenant's bytes cannot be counted, since other servers write too.
+
+        An older object of the key goes even if another server reads it at this moment, and what takes its memory may
+        reach that reader: the checksums in the header tell it. The store's own rule, to wait ten seconds after the last
+        look at an object, would keep a damaged one for ever, since every lookup is a look.
+        """
         if share.limit_bytes is not None:
             return False
         return await self._run(self._write, key, parts)
@@ -96,8 +101,7 @@ class MooncakeTier:
         return await self._run(self._read, key, parts)
 
     async def delete(self, keys: Sequence[bytes]) -> None:
-        """See ``Tier``. Readers' leases are broken: an object that somebody reads at this moment fails its checksum
-        there."""
+        """See ``Tier``. Does not wait for the leases of readers: see ``put``."""
         await self._run(self._remove, keys)
 
     async def usage(self) -> Usage:

@@ -30,7 +30,6 @@ PIPELINE_MAX = 4096  # requests sent before the first reply is read
 USAGE_S = 0.25  # how long `usage` waits for news
 TENANTS_MAX = 4096  # whose bytes we remember
 
-
 _STATE = [command(b"DBSIZE"), command(b"INFO")]
 
 
@@ -100,7 +99,8 @@ class RedisTier:
             return await link.reply()
 
         reply = await self._servers.on_key(name, deadline, send)
-        if isinstance(reply, Refusal) and share.limit_bytes is not None:
+        is_counted = isinstance(reply, Refusal) and share.limit_bytes is not None
+        if is_counted and await self._one(deadline, name, b"STRLEN") == 0:  # else an older one is still there
             await self._forget(deadline, share.tenant, key, num_bytes)
         if not isinstance(reply, Refusal) and reply != b"OK":
             raise TierError(f"{named(self._servers.address(name))} answered something that is not the Redis protocol")
@@ -311,6 +311,7 @@ def _count(facts: dict[str, str], name: str) -> int:
 
 
 def _header(page: Reply) -> objects.Header | None:
+    """Of an object of at most 400 ranks; a larger one counts until its turn comes as the tenant's oldest."""
     try:
         return objects.decode(page) if isinstance(page, bytes) else None
     except objects.NoObject:

@@ -24,7 +24,7 @@ BULK_BYTES_MAX = 4 << 20  # of replies that are not objects
 ITEMS_MAX, DEPTH_MAX = 1 << 16, 8  # of replies that are lists
 DRAIN_BYTES_MAX = 1 << 20  # beyond that a new connection is cheaper than reading what nobody wants
 BUFFERS_MAX = 512  # in one sendmsg; Linux takes 1024
-PIECE_BYTES = 512 << 10  # moved before the event loop gets its turn: 0.1 to 0.3 ms
+PIECE_BYTES = 1 << 20  # moved before the event loop gets its turn: 0.2 to 0.6 ms
 REPLIES_MAX = 256  # read before that
 
 
