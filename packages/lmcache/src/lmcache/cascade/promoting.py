@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import struct
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -72,15 +73,11 @@ class Promoter:
         reads: list[asyncio.Task[bool]] = []
         num_found = 0
         try:
-            async for window in self._find(wanted):
-                num_found += len(window)
-                for start in range(0, len(window), BATCH_CHUNKS):
-                    batch = window[start : start + BATCH_CHUNKS]
-                    if number in self._cancelled or not await self._start(line, wanted.world_size, batch, reads):
+            async with contextlib.aclosing(self._find(wanted)) as windows:
+                async for window in windows:
+                    num_found += len(window)
+                    if not await self._begin(line, wanted, window, reads):
                         break
-                else:
-                    continue
-                break
             outcomes = await asyncio.gather(*reads)
             await line.ask(Promoted(0, number, num_found, sum(outcomes)), Done)
         except LMCacheError as error:
@@ -108,7 +105,7 @@ class Promoter:
                     found[position] = Place(keys[position], level, size)
         return found
 
-    async def _find(self, wanted: Wanted) -> AsyncIterator[list[Place]]:
+    async def _find(self, wanted: Wanted) -> AsyncGenerator[list[Place], None]:
         """Chunks of the prompt up to the first that no tier has, window by window, one window ahead of the reads."""
         keys = [wanted.keys[start : start + KEY_BYTES] for start in range(0, len(wanted.keys), KEY_BYTES)]
         ahead = asyncio.ensure_future(self.places(keys[:WINDOW_CHUNKS]))
@@ -125,6 +122,16 @@ class Promoter:
                     return
         finally:
             ahead.cancel()
+
+    async def _begin(
+        self, line: CoreLine, wanted: Wanted, window: list[Place], reads: list[asyncio.Task[bool]]
+    ) -> bool:
+        """Begin to read a window; False when there is no use in going on."""
+        for start in range(0, len(window), BATCH_CHUNKS):
+            batch = window[start : start + BATCH_CHUNKS]
+            if wanted.promotion in self._cancelled or not await self._start(line, wanted.world_size, batch, reads):
+                return False
+        return True
 
     async def _start(self, line: CoreLine, ranks: int, batch: list[Place], reads: list[asyncio.Task[bool]]) -> bool:
         """Get extents for a batch and begin to read it; False when L1 has no room for all of it."""
