@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import mmap
 import os
@@ -96,7 +97,7 @@ class Server:
         except urllib.error.HTTPError as error:
             with error:
                 status, text = error.code, error.read()
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0, None
         try:
             return status, json.loads(text)

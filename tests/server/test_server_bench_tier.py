@@ -229,9 +229,13 @@ def test_ctrl_c_ends_with_what_was_measured_and_removes_it(store: Redis) -> None
 def test_a_benchmark_that_is_killed_takes_its_server_with_it(store: Redis) -> None:
     process = start("--l2-adapter", store.adapter, "--duration=600", *SMALL)
     members = family(process)
+    words = Path(f"/proc/{members[0]}/cmdline").read_text().split("\0")
+    folder = Path(words[words.index("--attach-path") + 1]).parent
+    assert folder.is_dir()
     process.kill()
     process.communicate(timeout=WAIT_S)
     eventually(lambda: not any(map(is_alive, members)), "the private server has ended")
+    eventually(lambda: not folder.exists(), "its folder is gone")
 
 
 @pytest.mark.parametrize(
@@ -270,8 +274,14 @@ def test_a_folder_of_others_is_as_it_was(tmp_path: Path, exists: bool) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == (["l2", "theirs"] if exists else [])
 
 
-def test_a_tier_that_forgets_is_no_complete_pass() -> None:
-    status, document, err = bench('--l2-adapter={"type": "null"}', "--passes=1", *SMALL)
-    assert status == 1
-    assert document["metrics"]["num_passes"] == 0
-    assert err.startswith("lmcache: no pass was completed: missing")
+def test_a_tier_that_keeps_nothing_is_refused() -> None:
+    status, document, _ = bench('--l2-adapter={"type": "null"}', "--passes=1", *SMALL)
+    assert status == 2
+    assert document["error"]["message"].startswith("the tier takes 0 bytes, a pass 2097152")
+
+
+def test_a_tier_smaller_than_a_pass_is_refused(tmp_path: Path) -> None:
+    status, document, _ = bench(f"--l2-path={tmp_path}/l2", "--l2-size-gb=0.001", *SMALL)
+    assert status == 2
+    assert document["error"]["message"].startswith("the tier takes 1073741 bytes, a pass 2097152")
+    assert list(tmp_path.iterdir()) == []

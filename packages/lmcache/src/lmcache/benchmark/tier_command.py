@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmcache.benchmark.command import DURATION_S_MAX, GB, WIDTH, _be_quiet, _Bench, percentile
+from lmcache.benchmark.command import _INTERRUPTED, DURATION_S_MAX, GB, WIDTH, _be_quiet, _Bench, _operation
 from lmcache_cli.errors import CommandError, Interrupted, UsageFault
 from lmcache_cli.render import Entry, Failure, Report, Section
 
@@ -22,10 +22,8 @@ PASSES_MAX = 10_000
 L1_BYTES_MIN, L1_PASSES = 64 << 20, 4
 """L1 of the private server: room for several passes, so that its window of writes is half a pass."""
 
-LATENCIES = ("mean", "p50", "p90", "p99", "max")
 MOVES = ("store", "write", "promote", "retrieve")
 OPERATIONS = ("store", "write", "lookup", "miss", "promote", "retrieve")
-_INTERRUPTED = "lmcache.benchmark.is_interrupted"
 _KEYS = (
     "tier",
     "duration_s",
@@ -126,6 +124,7 @@ def _run(
     try:
         with PrivateServer(["--l2-adapter", json.dumps(site.options)], l1_bytes / GB, chunk_size) as server:
             shown = server.wait_tier()
+            _check_room(shown, num_tokens * bytes_per_token)
             runner = TierRunner(server, num_tokens, bytes_per_token)
             keys = runner.results.keys
             try:
@@ -191,22 +190,6 @@ def _chunks(results: TierResults, left: Leftovers) -> list[Entry]:
     ]
 
 
-def _operation(name: str, seconds: Sequence[float], num_bytes: int | None = None) -> list[Entry]:
-    ordered = sorted(seconds)
-    entries = [Entry(f"{name}.num_operations", "Operations", len(ordered))]
-    if num_bytes is not None:
-        rate = len(ordered) * num_bytes / sum(ordered) / GB if ordered else None
-        entries.append(Entry(f"{name}.throughput_gb_per_s", "Throughput (GB/s)", rate))
-    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    for kind in LATENCIES:
-        value = None
-        if ordered:
-            value = 1e3 * (sum(ordered) / len(ordered) if kind == "mean" else percentile(ordered, shares[kind]))
-        text = None if value is None else f"{value:.3f}"
-        entries.append(Entry(f"{name}.latency_ms.{kind}", f"Latency {kind} (ms)", value, text))
-    return entries
-
-
 def _failure(results: TierResults) -> Failure | None:
     num_wrong = results.num_wrong_chunks + results.num_wrong_passes + results.num_spoiled
     if num_wrong:
@@ -239,6 +222,13 @@ def _tier(path: str | None, size_gb: float | None, adapter: str | None) -> Mappi
     except ConfigError as error:
         raise UsageFault(str(error)) from None
     return tiers[0]
+
+
+def _check_room(shown: Mapping[str, Any], pass_bytes: int) -> None:
+    """Raises UsageFault for a tier that cannot hold what one pass stores."""
+    capacity_bytes = shown["max_capacity_bytes"]
+    if capacity_bytes is not None and capacity_bytes <= pass_bytes:
+        raise UsageFault(f"the tier takes {capacity_bytes} bytes, a pass {pass_bytes} and a little more: too few")
 
 
 def _check(

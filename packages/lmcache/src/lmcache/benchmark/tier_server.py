@@ -40,6 +40,7 @@ TRIES_MAX = 2
 _PREFIX = "lmcache_mp_l2_"
 _LINE = re.compile(rf"{_PREFIX}(\w+?)(?:_total)?\{{[^}}]*\}} (\S+)")
 _CORE_LINE = re.compile(r"^lmcache_mp_(\w+) (\S+)$", re.MULTILINE)
+_SERVER_TOKEN = re.compile(r"LMCACHE_[A-Z]+_TOKEN")
 _STAMP = re.compile(r"^[\d-]+ [\d:,]+ \w+ [\w.]+: ")
 
 
@@ -106,7 +107,8 @@ class PrivateServer:
 
     def start(self) -> None:
         """Start the process and wait for its first healthy answer."""
-        command = [sys.executable, "-m", "lmcache.benchmark.tier_child", str(os.getpid()), *self._words]
+        command = [sys.executable, "-m", "lmcache.benchmark.tier_child", str(os.getpid()), self._folder.name]
+        command += self._words
         with open(self._log_path, "wb") as log:
             # A ctrl-C in the terminal is ours to handle, so it gets a process group of its own.
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
@@ -115,7 +117,7 @@ class PrivateServer:
             if self._process.poll() is not None:
                 raise ServerFailed(f"the private server did not start: {self._last_word()}")
             if time.monotonic() >= deadline:
-                raise ServerFailed(f"the private server was not healthy within {START_S:g} s")
+                raise ServerFailed(f"the private server was not healthy within {START_S:g} s: {self._last_word()}")
             time.sleep(PAUSE_S / 10)
 
     def stop(self) -> None:
@@ -236,6 +238,11 @@ class PrivateServer:
             lines = log.read().decode(errors="replace").strip().splitlines()
         last = lines[-1] if lines else "it said nothing"
         return _STAMP.sub("", last).removeprefix("lmcache server: ")
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but for tokens that a server would ask its clients for: this one has no client but us."""
+    return {name: value for name, value in os.environ.items() if not _SERVER_TOKEN.fullmatch(name)}
 
 
 def _free_ports() -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lmcache.cache.base import PIECE_BYTES
 from lmcache.cache.evict.base import Policy
@@ -104,6 +104,10 @@ class Room:
         for slot in self._index.slots(entry):
             self.give_back(slot)
         self._index.drop(entry)
+
+    def victims(self) -> Iterator[int]:
+        """Visible entries in the order of going; nothing may be changed during the iteration."""
+        return self._policy.victims()
 
     def changed(self) -> None:
         """Something became evictable."""

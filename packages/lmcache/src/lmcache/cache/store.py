@@ -7,7 +7,7 @@ than it says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 from lmcache.cache.adopt import adopt
@@ -24,16 +24,11 @@ from lmcache.cache.pool import Pool
 from lmcache.cache.quotas import Quotas
 from lmcache.cache.records import Records, slots_max
 from lmcache.cache.room import Room
+from lmcache.cache.writedown import WriteDown
 from lmcache.keys import KEY_BYTES
 from lmcache.system import Clock, Entropy
 
 RANKS_MAX = 0xFFFF
-WRITES_MAX = 256
-WRITE_BACK_SHARE = 0.75
-"""Part of L1 that is in use before a write-back begins."""
-
-WRITE_BACK_WALK = 4096
-"""Entries at the old end of L1 that are looked at for a write-back."""
 
 
 class Cache:
@@ -69,6 +64,7 @@ class Cache:
         self._claims = Claims(self._room, self._index, records)
         self._wake = 0.0  # nothing can run out before
         self._poll_at = 0.0
+        self._writing = WriteDown(self._room, index, self._extents, pool)
         self._granting = Granting(self._room, self._extents, self._index, self._claims, self.policy, limits)
         self._counts = dict.fromkeys(("shortened", "leases", "reservations", "adopted"), 0)
         adopted = adopt(pool, records, index, self._extents, origins, self.quotas, self._claims)
@@ -196,23 +192,15 @@ class Cache:
         Args:
             from_old_end: take those that will be evicted next, and only while L1 is nearly full.
         """
-        unwritten = self._room.unwritten
-        if not len(unwritten):
-            return []
-        chosen: list[Writing] = []
-        for entry in self._next_to_go() if from_old_end else islice(unwritten, WRITES_MAX):
-            if bytes_max <= 0 or len(chosen) >= WRITES_MAX:
-                break
-            if entry in unwritten:
-                if not self._leases.pin([entry], self._lease_limit_bytes()):
-                    break
-                bytes_max -= self._leases.entry_bytes(entry)
-                number = self._number()
-                self._leases.add(number, owner, self._clock.now() + self._limits.lease_s, [entry])
-                chosen.append(self._writing(number, entry))
-        for writing in chosen:
-            unwritten.take(self._index.by_key[writing.key])
-        return chosen
+
+        def lease(entry: int) -> int | None:
+            if not self._leases.pin([entry], self._lease_limit_bytes()):
+                return None
+            number = self._number()
+            self._leases.add(number, owner, self._clock.now() + self._limits.lease_s, [entry])
+            return number
+
+        return self._writing.choose(bytes_max, lease, from_old_end=from_old_end)
 
     def written(self, owner: Owner, lease: int, *, kept: bool) -> bool:
         """The end of a ``Writing``; one that is not ``kept`` by the tiers waits for another turn."""
@@ -382,17 +370,6 @@ class Cache:
         """Of the pool as it is meant to be, unless it cannot become so large."""
         size = self.pool.total_bytes if self.pool.growth_stopped is None else self.pool.ready_bytes
         return size * self._limits.leased_share
-
-    def _next_to_go(self) -> Iterator[int]:
-        if self._extents.used_bytes < WRITE_BACK_SHARE * self.pool.total_bytes:
-            return iter(())
-        return iter(list(islice(self.policy.victims(), WRITE_BACK_WALK)))
-
-    def _writing(self, lease: int, entry: int) -> Writing:
-        index = self._index
-        offsets, checksums = index.details([entry])
-        origin = self._room.origins.of(index.origin[index.first_slot(entry)])
-        return Writing(lease, index.keys[entry], origin, index.extent_bytes[entry], offsets, checksums)
 
     def _issue(self, grant: Grant) -> Reservation:
         ticket = 0

@@ -199,6 +199,9 @@ class Guarded:
             except Late as late:
                 # Another attempt beside one that hangs would only add to the heap.
                 await asyncio.wait([late.call])
+                if not self._is_opened and not late.call.cancelled() and late.call.exception() is None:
+                    # It was only slow: to open it again would find the tier in use, by ourselves.
+                    self._is_opened = True
                 pause_s = min(max(PAUSE_S, pause_s * 2), PAUSE_S_MAX)
             except TierError as error:
                 self.problem = str(error).removeprefix(f"{self.name}: ")

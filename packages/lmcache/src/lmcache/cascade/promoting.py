@@ -20,7 +20,7 @@ from lmcache.errors import LMCacheError, TierError, WireError
 from lmcache.keys import KEY_BYTES, checksum_seed
 from lmcache.tiers.objects import Header, NoObject, decode, header_bytes, padded, padded_extent_bytes
 from lmcache.transfer import _native
-from lmcache.wire.messages import FULL, GRANTED, Abort, Committed, Done
+from lmcache.wire.messages import FULL, GRANTED, KEYS_MAX, Abort, Committed, Done
 from lmcache.wire.orders import Admit, Admitted, Promoted, Publish, Wanted
 
 WINDOW_CHUNKS = 64
@@ -127,8 +127,9 @@ class Promoter:
         self, line: CoreLine, wanted: Wanted, window: list[Place], reads: list[asyncio.Task[bool]]
     ) -> bool:
         """Begin to read a window; False when there is no use in going on."""
-        for start in range(0, len(window), BATCH_CHUNKS):
-            batch = window[start : start + BATCH_CHUNKS]
+        step = max(1, min(BATCH_CHUNKS, KEYS_MAX // wanted.world_size))
+        for start in range(0, len(window), step):
+            batch = window[start : start + step]
             if wanted.promotion in self._cancelled or not await self._start(line, wanted.world_size, batch, reads):
                 return False
         return True

@@ -168,7 +168,7 @@ class Tiering:
         writes = self._writes(request)
         if not (wanted or cancelled or spoiled or writes):
             return None
-        return o.Work(request.id, tuple(writes), tuple(wanted), tuple(cancelled), b"".join(spoiled), self.is_stopping)
+        return o.Work(request.id, tuple(writes), tuple(wanted), tuple(cancelled), b"".join(spoiled))
 
     def _may_write(self, request: o.Orders) -> bool:
         return request.write_bytes > 0 and self._cache.num_unwritten > 0

@@ -11,8 +11,6 @@ import msgspec
 from lmcache.wire.message import Message
 
 ORDERS_S_MAX = 30.0
-WRITES_MAX = 256
-"""Chunks that one ``Work`` orders to be written."""
 
 
 class Enlist(Message, frozen=True, tag="enlist"):
@@ -57,7 +55,6 @@ class Work(Message, frozen=True, tag="work", gc=True):
     wanted: tuple[Wanted, ...] = ()
     cancelled: tuple[int, ...] = ()  # promotions that nobody waits for any more
     spoiled: bytes = b""  # keys whose bytes failed their check at use: no tier may keep them
-    is_stopping: bool = False  # the server wants to end: write what is unwritten, then it does
 
 
 class Written(Message, frozen=True, tag="written"):
