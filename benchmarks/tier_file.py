@@ -214,8 +214,9 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     print(
         f"\n{args.objects} objects of {SMALL_BYTES // KIB} KiB: first lookup answered {found['served_s']:.3f} s after"
-        f" the start of open (bound {SERVED_S:g}), all looked through after {found['scan_s']:.1f} s, the event loop waited"
-        f" {found['loop_longest_wait_ms']:.1f} ms at most; lookup {found['contains_us']:.2f} us a key"
+        f" the start of open (bound {SERVED_S:g}), all looked through after"
+        f" {found['scan_s']:.1f} s, the event loop waited {found['loop_longest_wait_ms']:.1f} ms at most;"
+        f" lookup {found['contains_us']:.2f} us a key"
         f" (bound {CONTAINS_US:g})"
     )
     write(args.json, {**facts, "throughput": rows, "lookups": found})

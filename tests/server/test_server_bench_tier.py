@@ -22,7 +22,7 @@ from server_running import WAIT_S, eventually, free_ports
 MAIN = "from lmcache.benchmark.tier_command import bench_tier as b; import sys; sys.exit(b.main(standalone_mode=False))"
 SMALL = ("--num-tokens=512", "--bytes-per-token=4096", "--chunk-size=64")
 CHUNKS, CHUNK_BYTES = 8, 64 * 4096
-SCHEMA = json.loads((files("lmcache.benchmark") / "tier_schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((files("lmcache_cli") / "schemas" / "bench_tier.json").read_text(encoding="utf-8"))
 OPERATIONS = ("store", "write", "lookup", "miss", "promote", "retrieve")
 pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server")
 

@@ -18,7 +18,7 @@ TITLE = "Server Bench Result"
 WIDTH = 64
 GB = 1 << 30
 DURATION_S_MAX = 3600.0
-_INTERRUPTED = "lmcache.benchmark.is_interrupted"
+INTERRUPTED = "lmcache.benchmark.is_interrupted"
 LATENCIES = ("mean", "p50", "p90", "p99", "max")
 _KEYS = (
     *("server", "duration_s", "num_passes", "num_failures", "num_wrong_chunks", "num_passes_compared"),
@@ -30,15 +30,15 @@ _KEYS = (
 )
 
 
-class _Bench(BaseCommand):
+class BenchCommand(BaseCommand):
     """Ctrl-C ends with a result and 130."""
 
     def invoke(self, ctx: click.Context) -> int:
         status = super().invoke(ctx)
-        return ExitStatus.INTERRUPTED if ctx.meta.get(_INTERRUPTED) else status
+        return ExitStatus.INTERRUPTED if ctx.meta.get(INTERRUPTED) else status
 
 
-@click.command("server", cls=_Bench, title=TITLE, keys=_KEYS)
+@click.command("server", cls=BenchCommand, title=TITLE, keys=_KEYS)
 @click.option(
     "--rpc-url", metavar="URL", default="tcp://localhost:5555", show_default=True, help="RPC port of the server."
 )
@@ -75,7 +75,7 @@ def bench_server(rpc_url: str, duration: float, num_tokens: int, bytes_per_token
 
     if num_tokens * bytes_per_token > PASS_BYTES_MAX:
         raise UsageFault(f"--num-tokens times --bytes-per-token is at most {PASS_BYTES_MAX} bytes")
-    _be_quiet()
+    be_quiet()
     host, port = _address(rpc_url)
     try:
         runner = Runner(Address(host, port), num_tokens, bytes_per_token)
@@ -85,7 +85,7 @@ def bench_server(rpc_url: str, duration: float, num_tokens: int, bytes_per_token
         raise Unreachable(str(error)) from None
     try:
         results = runner.run(duration)
-        click.get_current_context().meta[_INTERRUPTED] = results.is_interrupted
+        click.get_current_context().meta[INTERRUPTED] = results.is_interrupted
         return make_report(results, rpc_url)
     finally:
         runner.close()
@@ -111,9 +111,9 @@ def make_report(results: Results, rpc_url: str) -> Report:
     ]
     sections = [
         Section(overview),
-        Section(_operation("lookup", results.lookup_s), "Lookup"),
-        Section(_operation("store", results.store_s, shape.pass_bytes), "Store"),
-        Section(_operation("retrieve", results.retrieve_s, shape.pass_bytes), "Retrieve"),
+        Section(operation_rows("lookup", results.lookup_s), "Lookup"),
+        Section(operation_rows("store", results.store_s, shape.pass_bytes), "Store"),
+        Section(operation_rows("retrieve", results.retrieve_s, shape.pass_bytes), "Retrieve"),
         Section([Entry("failures", None, {})]),
     ]
     if results.failures:
@@ -130,7 +130,8 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _operation(name: str, seconds: Sequence[float], num_bytes: int | None = None) -> list[Entry]:
+def operation_rows(name: str, seconds: Sequence[float], num_bytes: int | None = None) -> list[Entry]:
+    """Number, percentiles and, where ``num_bytes`` moved each time, the throughput of one kind of operation."""
     ordered = sorted(seconds)
     entries = [Entry(f"{name}.num_operations", "Operations", len(ordered))]
     if num_bytes is not None:
@@ -168,7 +169,7 @@ def _address(url: str) -> tuple[str, int]:
     return f"tcp://{host}", int(port)
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """What the client logs is in the report; stderr is for the one line that says why it failed."""
     import logging
 

@@ -69,7 +69,7 @@ class Results:
     is_interrupted: bool = False  # by ctrl-C
 
 
-class _Failed(Exception):
+class PassFailed(Exception):
     """This pass ends here; the text is its cause, a word for scripts."""
 
 
@@ -135,14 +135,14 @@ class Runner:
         try:
             self._pass(number, compared)
             self.results.num_passes += 1
-        except _Failed as failure:
+        except PassFailed as failure:
             self.results.failures[str(failure)] += 1
             time.sleep(PAUSE_S)
 
     def _pass(self, number: int, compared: bool) -> None:
         line = self._line()
         if line is None or line.chunk_tokens != self._memory.shape.chunk_tokens:
-            raise _Failed("not_attached")
+            raise PassFailed("not_attached")
         keys = b"".join(extend(self._parent, os.urandom(4 * self._num_tokens), line.chunk_tokens))
         self._memory.stamp(number)
         if compared:
@@ -153,17 +153,17 @@ class Runner:
             self._retrieve(line, keys, found)
         except PeerSilent as error:
             self._link.drop(line, str(error))
-            raise _Failed("no_answer") from None
+            raise PassFailed("no_answer") from None
         except PeerRefused as error:
-            raise _Failed(f"refused_{error.code}") from None
+            raise PassFailed(f"refused_{error.code}") from None
         except WireError as error:
             self._link.drop(line, str(error))
-            raise _Failed("bad_answer") from None
+            raise PassFailed("bad_answer") from None
         if compared:
             self.results.num_compared += 1
             if not self._memory.is_intact():
                 self.results.num_wrong_passes += 1
-                raise _Failed("wrong_bytes")
+                raise PassFailed("wrong_bytes")
 
     def _store(self, line: Line, keys: bytes) -> None:
         started = time.monotonic()
@@ -175,28 +175,28 @@ class Runner:
     def _store_part(self, line: Line, keys: bytes, first: int, stop: int) -> None:
         assert line.pool is not None
         part = keys[first * KEY_BYTES : stop * KEY_BYTES]
-        granted = _expect(line.client.call(Reserve(0, keys=part), ANSWER_S), Granted)
+        granted = expected(line.client.call(Reserve(0, keys=part), ANSWER_S), Granted)
         missing = [state for state in granted.states if state != GRANTED]
         if missing or len(granted.states) != stop - first:
             if granted.ticket:
                 line.client.call(Abort(0, ticket=granted.ticket), ANSWER_S)
-            raise _Failed(_CAUSES.get(missing[0] if missing else GRANTED, "not_granted"))
-        plan = Plan.of(self._blocks(first, stop), array("Q", granted.offsets), _seeds(part))
+            raise PassFailed(_CAUSES.get(missing[0] if missing else GRANTED, "not_granted"))
+        plan = Plan.of(self._blocks(first, stop), array("Q", granted.offsets), seeds_of(part))
         checksums = self._engine.store(line.pool, plan, STORE_THREADS)
         committed = line.client.call(Commit(0, ticket=granted.ticket, checksums=checksums), ANSWER_S)
-        if _expect(committed, Committed).num_chunks != stop - first:
-            raise _Failed("not_published")
+        if expected(committed, Committed).num_chunks != stop - first:
+            raise PassFailed("not_published")
 
     def _lookup(self, line: Line, keys: bytes) -> Found:
         """Not counted among the server's lookups: its hit rate is about prompts."""
         started = time.monotonic()
-        found = _expect(line.client.call(Lookup(0, keys=keys, counted=False), ANSWER_S), Found)
+        found = expected(line.client.call(Lookup(0, keys=keys, counted=False), ANSWER_S), Found)
         elapsed_s = time.monotonic() - started
         num_chunks = len(keys) // KEY_BYTES
         if found.num_chunks != num_chunks or len(found.offsets) != 8 * num_chunks:
             if found.lease:
                 line.client.call(Release(0, lease=found.lease), ANSWER_S)
-            raise _Failed("not_held")
+            raise PassFailed("not_held")
         self.results.lookup_s.append(elapsed_s)
         return found
 
@@ -205,13 +205,13 @@ class Runner:
         started = time.monotonic()
         num_blocks = self._memory.shape.num_blocks
         blocks = range(num_blocks, 2 * num_blocks)
-        plan = Plan.of(blocks, array("Q", found.offsets), _seeds(keys))
+        plan = Plan.of(blocks, array("Q", found.offsets), seeds_of(keys))
         failed = self._engine.retrieve(line.pool, plan, array("Q", found.checksums), LOAD_THREADS)
         line.client.call(Release(0, lease=found.lease, failed=array("I", failed).tobytes()), ANSWER_S)
         elapsed_s = time.monotonic() - started
         if failed:
             self.results.num_wrong_chunks += len(failed)
-            raise _Failed("wrong_checksum")
+            raise PassFailed("wrong_checksum")
         self.results.retrieve_s.append(elapsed_s)
 
     def _blocks(self, first_chunk: int, stop_chunk: int) -> range:
@@ -252,11 +252,13 @@ class Runner:
 T = TypeVar("T")
 
 
-def _seeds(keys: bytes) -> list[int]:
+def seeds_of(keys: bytes) -> list[int]:
+    """Seeds of the checksums of concatenated keys, on rank 0."""
     return [checksum_seed(keys[start : start + KEY_BYTES], 0) for start in range(0, len(keys), KEY_BYTES)]
 
 
-def _expect(reply: object, kind: type[T]) -> T:
+def expected(reply: object, kind: type[T]) -> T:
+    """The reply, if it is a ``kind``; WireError where it answers something else."""
     if not isinstance(reply, kind):
         raise WireError(f"expected {kind.__name__}, the server answered {type(reply).__name__}")
     return reply

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lmcache.benchmark.command import _INTERRUPTED, DURATION_S_MAX, GB, WIDTH, _be_quiet, _Bench, _operation
+from lmcache.benchmark.command import DURATION_S_MAX, GB, INTERRUPTED, WIDTH, BenchCommand, be_quiet, operation_rows
 from lmcache_cli.errors import CommandError, Interrupted, UsageFault
 from lmcache_cli.render import Entry, Failure, Report, Section
 
@@ -44,7 +44,7 @@ class _Outcome:
     left: Leftovers
 
 
-@click.command("tier", cls=_Bench, title=TITLE, keys=_KEYS)
+@click.command("tier", cls=BenchCommand, title=TITLE, keys=_KEYS)
 @click.option("--l2-adapter", metavar="JSON", help="The tier, as `lmcache server` takes it, or @FILE with its JSON.")
 @click.option("--l2-path", metavar="DIR", help="Instead: a file tier in a folder of its own inside this one.")
 @click.option("--l2-size-gb", type=float, metavar="N", help="Room that --l2-path may take.")
@@ -94,12 +94,12 @@ def bench_tier(
 
     options = _tier(l2_path, l2_size_gb, l2_adapter)
     _check(num_passes, duration, num_tokens, bytes_per_token, chunk_size)
-    _be_quiet()
+    be_quiet()
     site = Site(options)
     if num_passes is None and duration is None:
         num_passes = PASSES
     outcome = _run(site, num_passes, duration, num_tokens, bytes_per_token, chunk_size)
-    click.get_current_context().meta[_INTERRUPTED] = outcome.results.is_interrupted
+    click.get_current_context().meta[INTERRUPTED] = outcome.results.is_interrupted
     return make_report(outcome.shown, outcome.results, outcome.left)
 
 
@@ -159,12 +159,14 @@ def make_report(shown: Mapping[str, Any], results: TierResults, left: Leftovers)
     sections = [
         Section(overview),
         Section(_chunks(results, left), "Chunks"),
-        Section(_operation("store", results.store_s, shape.pass_bytes), "Store (a pass, until L1 has it)"),
-        Section(_operation("write", results.write_s, shape.pass_bytes), "Write (a pass, until the tier has it)"),
-        Section(_operation("lookup", results.lookup_s), "Lookup (until the first answer)"),
-        Section(_operation("miss", results.miss_s), "Lookup of what nobody stored (until the last answer)"),
-        Section(_operation("promote", results.promote_s, shape.pass_bytes), "Promote (a pass, tier to L1)"),
-        Section(_operation("retrieve", results.retrieve_s, shape.pass_bytes), "Retrieve (a pass, L1 to the engine)"),
+        Section(operation_rows("store", results.store_s, shape.pass_bytes), "Store (a pass, until L1 has it)"),
+        Section(operation_rows("write", results.write_s, shape.pass_bytes), "Write (a pass, until the tier has it)"),
+        Section(operation_rows("lookup", results.lookup_s), "Lookup (until the first answer)"),
+        Section(operation_rows("miss", results.miss_s), "Lookup of what nobody stored (until the last answer)"),
+        Section(operation_rows("promote", results.promote_s, shape.pass_bytes), "Promote (a pass, tier to L1)"),
+        Section(
+            operation_rows("retrieve", results.retrieve_s, shape.pass_bytes), "Retrieve (a pass, L1 to engine)"
+        ),
         Section([Entry("failures", None, {})]),
     ]
     if results.failures:

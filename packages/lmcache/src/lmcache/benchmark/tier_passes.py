@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from lmcache.benchmark.passes import Results, Runner, _expect, _Failed, _seeds
+from lmcache.benchmark.passes import PassFailed, Results, Runner, expected, seeds_of
 from lmcache.benchmark.tier_server import PrivateServer, ServerFailed, TierCounts
 from lmcache.connectors.copier import ANSWER_S, LOAD_THREADS
 from lmcache.connectors.link import Address, Line
@@ -108,7 +108,7 @@ class TierRunner(Runner):
     def _pass(self, number: int, compared: bool) -> None:
         line = self._line()
         if line is None:
-            raise _Failed("not_attached")
+            raise PassFailed("not_attached")
         keys = b"".join(extend(self._parent, os.urandom(4 * self._num_tokens), line.chunk_tokens))
         self._memory.stamp(number)
         self._memory.wipe()
@@ -120,19 +120,19 @@ class TierRunner(Runner):
                 self._miss(line, len(keys))
         except PeerSilent as error:
             self._link.drop(line, str(error))
-            raise _Failed("no_answer") from None
+            raise PassFailed("no_answer") from None
         except PeerRefused as error:
-            raise _Failed(f"refused_{error.code}") from None
+            raise PassFailed(f"refused_{error.code}") from None
         except WireError as error:
             self._link.drop(line, str(error))
-            raise _Failed("bad_answer") from None
+            raise PassFailed("bad_answer") from None
         if num_missing:
-            raise _Failed("missing")
+            raise PassFailed("missing")
         if compared:
             self.results.num_compared += 1
             if not self._memory.is_intact():
                 self.results.num_wrong_passes += 1
-                raise _Failed("wrong_bytes")
+                raise PassFailed("wrong_bytes")
 
     def _write(self, line: Line, keys: bytes) -> None:
         """Store, and wait until the tier has said its final word about every chunk."""
@@ -153,7 +153,7 @@ class TierRunner(Runner):
             elif now - seen_at >= QUIET_S:
                 reason = self._server.tier()["reason"] or "it gives no reason"
                 results.stuck = f"the tier took {settled} of {num_chunks} chunks and none in {QUIET_S:g} s: {reason}"
-                raise _Failed("tier_stuck")
+                raise PassFailed("tier_stuck")
         if counts.refused_puts == before.refused_puts:
             results.write_s.append(seen_at - self._acked_at)
 
@@ -168,7 +168,7 @@ class TierRunner(Runner):
         deadline = time.monotonic() + LOAD_S
         while start < num_chunks:
             if time.monotonic() >= deadline:
-                raise _Failed("load_too_slow")
+                raise PassFailed("load_too_slow")
             found, first_s, whole_s = self._promote(line, keys[start * KEY_BYTES :], deadline)
             if not start:
                 results.lookup_s.append(first_s)
@@ -194,11 +194,11 @@ class TierRunner(Runner):
         while isinstance(reply, Promoting):
             if time.monotonic() >= deadline:
                 line.client.call(Release(0, lease=reply.promotion), ANSWER_S)
-                raise _Failed("load_too_slow")
+                raise PassFailed("load_too_slow")
             time.sleep(reply.retry_ms / 1e3)
             request = msgspec.structs.replace(request, promotion=reply.promotion)
             reply = line.client.call(request, ANSWER_S)
-        found = _expect(reply, Found)
+        found = expected(reply, Found)
         if found.num_chunks * KEY_BYTES > len(keys) or len(found.offsets) != 8 * found.num_chunks:
             raise WireError("the server found more than it was asked for")
         return found, first_s, time.monotonic() - started
@@ -209,12 +209,12 @@ class TierRunner(Runner):
         started, stop = time.monotonic(), start + found.num_chunks
         source, num_blocks = self._blocks(start, stop), self._memory.shape.num_blocks
         blocks = range(num_blocks + source.start, num_blocks + source.stop)
-        plan = Plan.of(blocks, array("Q", found.offsets), _seeds(keys[start * KEY_BYTES : stop * KEY_BYTES]))
+        plan = Plan.of(blocks, array("Q", found.offsets), seeds_of(keys[start * KEY_BYTES : stop * KEY_BYTES]))
         failed = self._engine.retrieve(line.pool, plan, array("Q", found.checksums), LOAD_THREADS)
         line.client.call(Release(0, lease=found.lease, failed=array("I", failed).tobytes()), ANSWER_S)
         if failed:
             self.results.num_wrong_chunks += len(failed)
-            raise _Failed("wrong_checksum")
+            raise PassFailed("wrong_checksum")
         return time.monotonic() - started
 
     def _miss(self, line: Line, num_bytes: int) -> None:

@@ -1,6 +1,6 @@
 """What a tier that manages its own room knows: each object's bytes and tenant, and which was used longest ago.
 
-Every operation takes the same time however many objects there are, an object costs about 170 bytes, and nothing here
+Every operation takes the same time however many objects there are, an object costs about 200 bytes, and nothing here
 does I/O or locks: all calls come from one thread. Two rings run through the same slots, in the order of use: one
 through all objects, one through each tenant's. A ring is closed by a slot that is no object: slot 0 for all of them,
 one for each tenant; there, the bytes are the sum over the ring and the key is the tenant's.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import fcntl
 import itertools
 import mmap
@@ -99,7 +100,8 @@ class Folder:
         Raises:
             TierError: the file system refuses.
         """
-        self.remove(victims)
+        if victims:
+            self.remove(victims)
         num_bytes = sum(map(len, parts))
         temporary = f"{WRITING}/{next(self._numbers)}"
         with self._sentence("write in"):
@@ -141,8 +143,10 @@ class Folder:
                 fd = os.open(_name(key), os.O_RDONLY | os.O_NONBLOCK | self._flags, dir_fd=self._root)
             except FileNotFoundError:
                 return Outcome.ABSENT
-            except OSError:  # something that is no file of ours
-                self.remove([key])
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                self.remove([key])  # a symbolic link, so none of ours
                 return Outcome.ABSENT
             about = os.fstat(fd)
             broken: OSError | None = None
@@ -189,16 +193,19 @@ class Folder:
                 return []
             try:
                 with os.scandir(fd) as entries:
-                    names = [entry.name for entry in entries]
+                    names = [(entry.name, entry.is_file(follow_symlinks=False)) for entry in entries]
             finally:
                 os.close(fd)
-            for name in names:
+            for name, is_file in names:
                 if self.is_closing:
                     break
-                if _NAME.fullmatch(name) and name.startswith(FOLDERS[index]):
-                    item = self._inspect(f"{FOLDERS[index]}/{name}", bytes.fromhex(name), buffer)
-                    if item is not None:
-                        found.append(item)
+                if not _NAME.fullmatch(name) or not name.startswith(FOLDERS[index]):
+                    continue
+                path = f"{FOLDERS[index]}/{name}"
+                if not is_file:
+                    self._unlink(path)
+                elif item := self._inspect(path, bytes.fromhex(name), buffer):
+                    found.append(item)
         page.close()
         found.sort()
         return found
@@ -208,12 +215,9 @@ class Folder:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | self._flags, dir_fd=self._root)
         except FileNotFoundError:
             return None
-        except OSError:
-            self._unlink(path)
-            return None
         try:
             about = os.fstat(fd)
-            header = read_header(fd, buffer) if stat.S_ISREG(about.st_mode) else None
+            header = read_header(fd, buffer)
         finally:
             os.close(fd)
         if header is None or header.key != key or header.num_bytes != about.st_size:
@@ -247,11 +251,16 @@ class Folder:
         except OSError:
             self._unlink(temporary)
             return -1
-        about = os.fstat(fd)
-        # a file with two names may be somebody's copy, made by linking: its bytes must stay
-        if stat.S_ISREG(about.st_mode) and about.st_nlink == 1:
-            if about.st_size > num_bytes:
+        try:
+            about = os.fstat(fd)
+            # a file with two names may be somebody's copy, made by linking: its bytes must stay
+            is_ours = stat.S_ISREG(about.st_mode) and about.st_nlink == 1
+            if is_ours and about.st_size > num_bytes:
                 os.ftruncate(fd, num_bytes)
+        except OSError:
+            os.close(fd)
+            raise
+        if is_ours:
             return fd
         os.close(fd)
         self._unlink(temporary)
