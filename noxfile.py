@@ -190,7 +190,7 @@ def browser(session: nox.Session) -> None:
     pytest(session, python, "tests/browser")
 
 
-@gate(300, "server")
+@gate(480, "server")
 def server(session: nox.Session) -> None:
     """Core and service process for real; the full wheel of every other Python starts, answers a ping and stops."""
     first, *others = available(session, FULL_PYTHONS)
