@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -57,6 +58,31 @@ def test_after_a_restart_of_the_server_the_prompt_comes_from_disk(
         wait_for(lambda: is_ready(server, 2), "the engine attaches again")
         rotten = engine.generate([entries[0]])
         assert (rotten["cached"], rotten["tokens"]) == ([0], [expected[0]])
+
+
+def test_a_clean_stop_with_l1_persist_loses_nothing_for_an_engine_that_stays_attached(
+    tiny: Path, logs: Path, plain: Plain
+) -> None:
+    entry = prompt(905, 1300)
+    expected = plain.tokens([entry])
+    with (
+        Server(logs, 0.25, "--l1-persist") as server,
+        Engine(tiny, logs, server.port, enable_prefix_caching=False) as engine,
+    ):
+        assert engine.generate([entry])["tokens"] == expected
+        server.stop()
+        server.start()
+        wait_for(lambda: server.status()["attached_processes"] == 2, "the engine attaches again")
+        warm = engine.generate([entry])
+        assert (warm["cached"], warm["tokens"]) == ([expected_hit(1300)], expected)
+        server.kill()
+        server.start()
+        wait_for(lambda: server.status()["attached_processes"] == 2, "the engine attaches again")
+        again = engine.generate([entry])
+        assert (again["cached"], again["tokens"]) == ([expected_hit(1300)], expected)
+        server.stop()
+        for name in ("pool", "records"):
+            Path(f"/dev/shm/lmcache-{os.geteuid()}/{server.port}/{name}").unlink()
 
 
 @contextmanager
