@@ -95,7 +95,7 @@ def _limit(ctx: click.Context, param: click.Parameter, value: float) -> float:
 def set_quota(target: Target, salt: str, limit_gb: float) -> Report:
     """Set the limit of one tenant.
 
-    A server of this version keeps the limit and shows it; it does not enforce it yet.
+    It holds in L1 and in each tier that can count a tenant's bytes; a tenant at its limit loses its own oldest entries.
     """
     from lmcache_cli.client import CacheServer
 
