@@ -41,6 +41,7 @@ An error is one line on stderr. With `--format json` stdout carries exactly one 
 |---|---|
 | `LMCACHE_URL`, `LMCACHE_ENGINE_URL` | default addresses of the cache server and of the engine |
 | `LMCACHE_TOKEN` | sent to a cache server as bearer token, never to an engine |
+| `LMCACHE_TOKEN_FILE` | a file with that token, where `LMCACHE_TOKEN` is not set |
 | `OPENAI_API_KEY` | sent to an engine as bearer token, never to a cache server |
 | `NO_COLOR` | no colour; there is none outside a terminal anyway |
 | `http_proxy`, `https_proxy`, `all_proxy`, `no_proxy` | as everywhere |

@@ -35,6 +35,8 @@ class Builtin:
 
 
 BUILTIN = {
+    "audit": Builtin("audit", "audit", "Check that no tenant sees or harms another."),
+    "auth": Builtin("auth", "auth", "Manage who may use a server's HTTP API."),
     "bench": Builtin("bench", "bench", "Measure a serving engine or a server under load."),
     "completion": Builtin("completion", "completion", "Print the completion script of a shell."),
     "describe": Builtin("describe", "describe", "Show the state of a running service."),
@@ -42,6 +44,7 @@ BUILTIN = {
     "ping": Builtin("ping", "ping", "Check that a server is alive."),
     "query": Builtin("query", "query", "Send one request and report what it took."),
     "quota": Builtin("quota", "quota", "Manage the memory limits of tenants."),
+    "verify": Builtin("verify", "verify", "Check that the cache changes no answer."),
 }
 
 

@@ -61,8 +61,20 @@ class Target:
 
 
 def cache_server_key() -> dict[str, str]:
-    """What authenticates us to a cache server: the token in LMCACHE_TOKEN. Never sent to an engine."""
-    return _bearer("LMCACHE_TOKEN")
+    """What authenticates us to a cache server: the token in LMCACHE_TOKEN, or in the file that LMCACHE_TOKEN_FILE
+    names. Never sent to an engine.
+
+    Raises:
+        UsageFault: the file cannot be read, or no header can carry the token.
+    """
+    path = os.environ.get("LMCACHE_TOKEN_FILE", "")
+    key = _bearer("LMCACHE_TOKEN")
+    if key or not path:
+        return key
+    token = _read("LMCACHE_TOKEN_FILE", path)
+    if not token or not _is_sendable(token):
+        raise UsageFault(f"LMCACHE_TOKEN_FILE: {path} holds no token")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def engine_key() -> dict[str, str]:
@@ -82,7 +94,7 @@ def read_headers(items: Sequence[str]) -> dict[str, str]:
         if not equals or not _NAME.fullmatch(name):
             raise UsageFault("--header: expected NAME=VALUE or NAME=@FILE")
         if value.startswith("@"):
-            value = _read(name, value[1:])
+            value = _read(f"--header {name}", value[1:])
         if not _is_sendable(value):
             raise UsageFault(f"--header {name}: the value holds characters that a header cannot carry")
         headers[name] = value
@@ -102,16 +114,16 @@ def _is_sendable(value: str) -> bool:
     return value.isascii() and (value.isprintable() or value == "")
 
 
-def _read(name: str, path: str) -> str:
+def _read(source: str, path: str) -> str:
     try:
         with open(path, "rb") as file:
             content = file.read(HEADER_FILE_BYTES_MAX + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageFault(f"--header {name}: cannot read {path}: {reason}") from error
+        raise UsageFault(f"{source}: cannot read {path}: {reason}") from error
     if len(content) > HEADER_FILE_BYTES_MAX:
-        raise UsageFault(f"--header {name}: {path} is longer than {HEADER_FILE_BYTES_MAX >> 10} KiB")
+        raise UsageFault(f"{source}: {path} is longer than {HEADER_FILE_BYTES_MAX >> 10} KiB")
     try:
         return content.decode("ascii").strip()
     except UnicodeDecodeError as error:
-        raise UsageFault(f"--header {name}: {path} holds characters that a header cannot carry") from error
+        raise UsageFault(f"{source}: {path} holds characters that a header cannot carry") from error

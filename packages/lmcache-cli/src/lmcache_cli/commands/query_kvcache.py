@@ -62,7 +62,7 @@ def query_kvcache(
     if (prompt is None) == (token_ids is None):
         raise UsageFault("give either --prompt or --token-ids")
     if token_ids is not None:
-        tokens = _read_token_ids(token_ids)
+        tokens = read_token_ids(token_ids)
     else:
         from lmcache_cli import prompts
 
@@ -144,7 +144,8 @@ def _runs(tiers: Iterable[str | None]) -> str:
     return ", ".join(parts)
 
 
-def _read_token_ids(text: str) -> list[int]:
+def read_token_ids(text: str) -> list[int]:
+    """Token ids as a JSON list or separated by commas or blanks; `-` and `@FILE` as for prompts. Raises UsageFault."""
     from lmcache_cli import prompts
 
     text = prompts.read(text)
