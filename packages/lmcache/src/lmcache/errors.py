@@ -3,7 +3,8 @@
 LMCacheError
 ├── ConfigError        a setting is out of its bounds, or does not fit this machine
 ├── LayoutError        the engine's KV tensors are not understood, or do not fit the server's geometry
-├── PoolError          L1 memory could not be obtained, locked or adopted
+├── PoolError          L1 memory could not be obtained or adopted
+│   └── PoolBusy       another process holds its lock
 ├── TierError          a tier's store did not do what was asked of it, or did not answer
 ├── WireError          a frame that is not ours, or a reply that does not belong to its request
 │   ├── PeerRefused    the server answered with a typed error (``code`` and a sentence)
@@ -28,6 +29,10 @@ class LayoutError(LMCacheError):
 
 class PoolError(LMCacheError):
     """L1 memory could not be obtained, locked or adopted."""
+
+
+class PoolBusy(PoolError):
+    """Another process holds the lock of the pool."""
 
 
 class TierError(LMCacheError):

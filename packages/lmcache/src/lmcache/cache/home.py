@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import re
 
-from lmcache.errors import ConfigError, PoolError
+from lmcache.errors import ConfigError, PoolBusy, PoolError
 from lmcache.system import File, FileInfo, Files
 
 POOL = "pool"
@@ -88,13 +88,13 @@ class Home:
         """The records file, locked; new where there was none to be trusted.
 
         Raises:
-            PoolError: another server holds it.
+            PoolBusy: another server holds it.
         """
         file = self.open(RECORDS) or self.create(RECORDS)
         info = self.files.inspect(f"{self.path}/{RECORDS}") if file.lock() else None
         if info is None or info.inode != file.info().inode:
             file.close()
-            raise PoolError(f"the pool in {self.path} is in use by another server")
+            raise PoolBusy(f"the pool in {self.path} is in use by another server")
         return file
 
     def remove(self) -> None:

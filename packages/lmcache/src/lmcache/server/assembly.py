@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,9 +14,11 @@ from lmcache.cache.base import Limits
 from lmcache.cache.evict import make_policy
 from lmcache.cache.home import POOL
 from lmcache.cache.opening import check_fits, default_root, open_pool, pool_directory, sweep_leftovers
+from lmcache.cache.pool import Pool
+from lmcache.cache.records import Records
 from lmcache.cache.store import Cache
 from lmcache.config import GB, ServerConfig
-from lmcache.errors import ConfigError, WireError
+from lmcache.errors import ConfigError, PoolBusy, WireError
 from lmcache.keys import tenant_id
 from lmcache.metrics import Counters
 from lmcache.server import report
@@ -37,6 +40,7 @@ from lmcache.wire.poller import Poller
 from lmcache_cli._version import __version__
 
 SERVER_ID_BYTES = 16
+LOCK_S, LOCK_PAUSE_S = 2.0, 0.05
 
 log = logging.getLogger("lmcache.core")
 
@@ -142,15 +146,27 @@ def _open_cache(config: ServerConfig, clock: SystemClock) -> Cache:
         log.info("removed the pool of a dead server: %s", path)
     before = files.inspect(f"{directory}/{POOL}")
     check_fits(config.l1_bytes, files, reusable_bytes=before.size_bytes if before else 0)
-    pool, records = open_pool(
-        directory, config.l1_bytes, config.chunk_tokens, files, persist=config.persist, note=log.warning
-    )
+    pool, records = _open_pool(directory, config, files)
     has_tiers = bool(config.tiers) and config.write_policy != "read-only"
     cache = Cache(pool, records, policy, clock, Limits(), entropy=SystemEntropy(), has_tiers=has_tiers)
     num_adopted = cache.usage().num_adopted
     if num_adopted:
         log.info("found %d extents of the server before this one again", num_adopted)
     return cache
+
+
+def _open_pool(directory: str, config: ServerConfig, files: SystemFiles) -> tuple[Pool, Records]:
+    """A server that was killed while it started a process leaves that one with its lock, for a moment."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return open_pool(
+                directory, config.l1_bytes, config.chunk_tokens, files, persist=config.persist, note=log.warning
+            )
+        except PoolBusy:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(LOCK_PAUSE_S)
 
 
 def _bind_port(listener: Listener, plan: Plan) -> None:
