@@ -203,7 +203,7 @@ def server(session: nox.Session) -> None:
 def tiers(session: nox.Session) -> None:
     """One suite over every adapter, each against its real store; then what each does when the store fails."""
     version = main_version()
-    needed = [*extras("redis", "object", "mooncake"), *artefacts.group("tiers")]
+    needed = [*extras("redis", "object", "mooncake", "seal"), *artefacts.group("tiers")]
     recipe = ROOT / "scripts" / "tier_env.py"
     python = environment("tiers", version, needed, sites=[requirements_site(version)], script=recipe)
     install_wheel(python, artefacts.full_wheel(version))

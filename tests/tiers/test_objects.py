@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 
 from lmcache.errors import ConfigError
 from lmcache.tiers import BUILTIN, make_tier, objects
-from lmcache.tiers.objects import PAGE_BYTES, Header, NoObject
+from lmcache.tiers.objects import PAGE_BYTES, Header, NoObject, Seal
 from lmcache.tiers.options import SECRETS, Options
 
+seals = st.builds(
+    Seal,
+    key_id=st.binary(min_size=4, max_size=4),
+    salt=st.binary(min_size=32, max_size=32),
+    tag=st.binary(min_size=16, max_size=16),
+)
 headers = st.builds(
     Header,
     key=st.binary(min_size=32, max_size=32),
@@ -21,6 +27,7 @@ headers = st.builds(
     layout=st.binary(min_size=8, max_size=8),
     extent_bytes=st.integers(1, 1 << 40),
     checksums=st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=600).map(tuple),
+    seal=st.none() | seals,
 )
 PLAIN = objects.encode(Header(bytes(32), bytes(16), bytes(16), bytes(8), 5000, (1, 2)))
 
@@ -40,7 +47,7 @@ def test_a_header_is_whole_pages_and_comes_back(header: Header) -> None:
 @given(headers, st.data())
 def test_a_header_with_any_bit_flipped_is_none(header: Header, data: st.DataObject) -> None:
     whole = bytearray(objects.encode(header))
-    meant_bytes = 108 + 8 * len(header.checksums) + 4
+    meant_bytes = 112 + 8 * len(header.checksums) + (48 if header.seal else 0) + 4
     bit = data.draw(st.integers(0, meant_bytes * 8 - 1))
     whole[bit // 8] ^= 1 << bit % 8
     with pytest.raises(NoObject):

@@ -23,7 +23,7 @@ ENTRY_POINTS = "lmcache.tiers"
 
 
 def make_tier(values: Mapping[str, object]) -> Tier:
-    """The adapter that ``values["type"]`` names, its options checked; nothing is opened yet.
+    """The adapter that ``values["type"]`` names, its options checked; nothing is opened yet. With ``seal``, sealed.
 
     Raises:
         ConfigError: there is no such adapter, it is not installed, or an option is wrong.
@@ -42,6 +42,13 @@ def make_tier(values: Mapping[str, object]) -> Tier:
             adapter = next(iter(found)).load()
         except Exception as error:
             raise options.error(f"cannot be loaded: {type(error).__name__}: {error}") from None
+    is_sealed, seal = "seal" in values, options.table("seal")
     tier: Tier = adapter(options)
     options.finish()
-    return tier
+    if not is_sealed:
+        return tier
+    from lmcache.tiers.sealed import SealedTier
+    from lmcache.tiers.sealed_keys import read_keys
+
+    options.require("cryptography", "seal")
+    return SealedTier(tier, read_keys(options, seal))
