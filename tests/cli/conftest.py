@@ -14,7 +14,15 @@ import pytest
 import lmcache_cli
 from lmcache_cli.__main__ import main
 
-SETTINGS = ("LMCACHE_URL", "LMCACHE_ENGINE_URL", "LMCACHE_TOKEN", "OPENAI_API_KEY", "NO_COLOR", "PYTHONIOENCODING")
+SETTINGS = (
+    "LMCACHE_URL",
+    "LMCACHE_ENGINE_URL",
+    "LMCACHE_TOKEN",
+    "LMCACHE_TOKEN_FILE",
+    "OPENAI_API_KEY",
+    "NO_COLOR",
+    "PYTHONIOENCODING",
+)
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 

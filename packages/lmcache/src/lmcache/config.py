@@ -36,6 +36,9 @@ class ServerConfig:
     instance_id: str | None = None  # what L1 and limits are kept under; None: the RPC port
     tiers: tuple[Mapping[str, object], ...] = ()  # options of each adapter, uppermost first; no secrets
     write_policy: str = WRITE_POLICIES[0]
+    auth_file: str | None = None  # digests of the tokens that HTTP asks for
+    tls_cert: str | None = None  # HTTP speaks TLS with this certificate, and
+    tls_key: str | None = None  # this key
 
     def __post_init__(self) -> None:
         """Raises ConfigError with one sentence for the first setting that is out of its bounds."""
@@ -50,6 +53,7 @@ class ServerConfig:
         in_bounds = 1 <= self.chunk_tokens <= CHUNK_TOKENS_MAX
         _check(in_bounds, f"--chunk-size is 1 to {CHUNK_TOKENS_MAX} tokens, not {self.chunk_tokens}")
         _check(len(self.tiers) <= TIERS_MAX, f"at most {TIERS_MAX} tiers, not {len(self.tiers)}")
+        _check((self.tls_cert is None) == (self.tls_key is None), "--tls-cert and --tls-key go together")
         known = ", ".join(WRITE_POLICIES)
         _check(self.write_policy in WRITE_POLICIES, f"--l2-write-policy is one of {known}, not {self.write_policy!r}")
 

@@ -46,6 +46,7 @@ class Counters:
     malformed: int = _of("Frames that were not understood")
     unsent: int = _of("Answers dropped because their receiver was gone or did not read")
     faults: int = _of("Requests that failed by a fault of the server")
+    http_refused: int = _of("HTTP requests turned away for want of a token, a role or a local origin")
     service_restarts: int = _of("Restarts of the service process")
 
 

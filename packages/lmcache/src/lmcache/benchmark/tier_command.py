@@ -164,9 +164,7 @@ def make_report(shown: Mapping[str, Any], results: TierResults, left: Leftovers)
         Section(operation_rows("lookup", results.lookup_s), "Lookup (until the first answer)"),
         Section(operation_rows("miss", results.miss_s), "Lookup of what nobody stored (until the last answer)"),
         Section(operation_rows("promote", results.promote_s, shape.pass_bytes), "Promote (a pass, tier to L1)"),
-        Section(
-            operation_rows("retrieve", results.retrieve_s, shape.pass_bytes), "Retrieve (a pass, L1 to engine)"
-        ),
+        Section(operation_rows("retrieve", results.retrieve_s, shape.pass_bytes), "Retrieve (a pass, L1 to engine)"),
         Section([Entry("failures", None, {})]),
     ]
     if results.failures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import time
 
-_REFRESH_S = 30.0
+_REFRESH_S = 1.0  # an address may move to another machine
 
 
 class LocalAddresses:
@@ -17,7 +17,7 @@ class LocalAddresses:
 
     def __contains__(self, address: object) -> bool:
         try:
-            peer = ipaddress.ip_address(str(address).partition("%")[0])
+            peer = ipaddress.ip_address(str(address))
         except ValueError:
             return False
         if isinstance(peer, ipaddress.IPv6Address) and peer.ipv4_mapped is not None:
@@ -28,7 +28,15 @@ class LocalAddresses:
         if time.monotonic() - self._read_at >= _REFRESH_S:
             import psutil
 
-            found = (item.address for items in psutil.net_if_addrs().values() for item in items)
-            self._known = {address.partition("%")[0] for address in found}
+            # With their interface: another link may have a neighbour of the same link-local address.
+            self._known = {item.address for items in psutil.net_if_addrs().values() for item in items}
             self._read_at = time.monotonic()
         return self._known
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on ``host``, as far as its spelling tells."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

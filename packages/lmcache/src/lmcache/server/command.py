@@ -33,6 +33,9 @@ import click
     metavar="NAME",
     help="write-through, write-back (when L1 needs the room) or read-only.",
 )
+@click.option("--auth-file", metavar="PATH", help="Ask HTTP peers for these tokens (see lmcache auth init).")
+@click.option("--tls-cert", metavar="FILE", help="Serve HTTP over TLS with this certificate (PEM, with its chain).")
+@click.option("--tls-key", metavar="FILE", help="Its private key (PEM), readable by its owner only.")
 @click.pass_context
 def server(
     context: click.Context,
@@ -51,6 +54,9 @@ def server(
     l2_size_gb: float | None,
     l2_adapters: tuple[str, ...],
     l2_write_policy: str,
+    auth_file: str | None,
+    tls_cert: str | None,
+    tls_key: str | None,
 ) -> None:
     """Keep the KV cache of engines on this machine and hand it back instead of computing it again."""
     from lmcache.config import GB, ServerConfig
@@ -73,6 +79,9 @@ def server(
             instance_id=instance_id,
             tiers=read_tiers(l2_path, l2_size_gb, l2_adapters),
             write_policy=l2_write_policy,
+            auth_file=auth_file,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
         )
         run.serve(config)
     except LMCacheError as error:

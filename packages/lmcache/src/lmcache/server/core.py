@@ -39,8 +39,8 @@ _IDLE_S = 10.0
 _COMPLAINT_S = 10.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _REMOTE = (
-    "this server serves processes of its own machine only, and you are not on it: run one lmcache server on each host "
-    "and point its engines there; RPC from other hosts needs tokens, which this version does not have"
+    "this server serves engines of its own machine only, and you are not on it: run one lmcache server on each host "
+    "and point its engines there; other hosts may ask its HTTP API, with a token"
 )
 
 log = logging.getLogger("lmcache.core")

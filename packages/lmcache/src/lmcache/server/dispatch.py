@@ -175,7 +175,7 @@ class Dispatcher:
 
     def _limit(self, request: m.Limit) -> m.Reply:
         demand(len(request.salt.encode()) <= SALT_BYTES_MAX, f"a salt with a limit has at most {SALT_BYTES_MAX} bytes")
-        is_number = request.limit_gb is None or (math.isfinite(request.limit_gb) and request.limit_gb >= 0)
+        is_number = request.limit_gb is None or (math.isfinite(request.limit_gb * GB) and request.limit_gb >= 0)
         demand(is_number, "a limit is a number of GB, 0 or more")
         try:
             existed = self._tenants.limit(request.salt, request.limit_gb)

@@ -13,7 +13,9 @@ from dataclasses import asdict
 
 from lmcache.config import GB, ServerConfig
 from lmcache.errors import ConfigError, LMCacheError
-from lmcache.server import ports
+from lmcache.server import ports, tls
+from lmcache.server.access import read_tokens
+from lmcache.server.addresses import is_loopback
 from lmcache.server.supervisor import Supervisor
 from lmcache.system import SystemClock, SystemEntropy
 from lmcache_cli._version import __version__
@@ -38,6 +40,8 @@ def serve(config: ServerConfig) -> None:
     level = _log_level()
     logging.basicConfig(level=level, format=LOG_FORMAT)
     _check_tiers(config)
+    tokens = read_tokens(config.auth_file, os.environ)
+    tls.context(config.tls_cert, config.tls_key)
     _raise_file_limit()
     gid = _group(config.attach_group)
     rpc_endpoint = ports.endpoint(config.host, config.rpc_port)
@@ -51,6 +55,7 @@ def serve(config: ServerConfig) -> None:
             "config": {**asdict(config), "attach_path": path},
             "tier_names": config.tier_names(),
             "instance": config.instance,
+            "tokens": [(token.role, token.digest.hex()) for token in tokens],
             "log_level": level,
             "log_format": LOG_FORMAT,
         }
@@ -61,13 +66,14 @@ def serve(config: ServerConfig) -> None:
             from lmcache.server.assembly import Plan, run_core
 
             plan = Plan(config, path, gid, rpc_endpoint)
-            run_core(plan, supervisor, wake, waker, lambda: _announce(config))
+            run_core(plan, supervisor, wake, waker, lambda: _announce(config, has_tokens=bool(tokens)))
         finally:
             supervisor.stop()
 
 
-def _announce(config: ServerConfig) -> None:
-    rpc, http = f"tcp://{config.host}:{config.rpc_port}", f"http://{config.http_host}:{config.http_port}"
+def _announce(config: ServerConfig, *, has_tokens: bool) -> None:
+    scheme = "https" if config.tls_cert else "http"
+    rpc, http = f"tcp://{config.host}:{config.rpc_port}", f"{scheme}://{config.http_host}:{config.http_port}"
     print(
         f"lmcache server {__version__}: RPC {rpc}, HTTP {http}, L1 {config.l1_bytes / GB:g} GB, "
         f"{config.eviction_policy}, chunks of {config.chunk_tokens} tokens"
@@ -82,6 +88,11 @@ def _announce(config: ServerConfig) -> None:
     for name, options in zip(config.tier_names(), config.tiers, strict=True):
         shown = ", ".join(f"{key} {value}" for key, value in options.items() if key != "type")
         print(f"L2 {name}: {shown or 'default options'} ({config.write_policy})")
+    if not is_loopback(config.http_host):
+        if not has_tokens:
+            print("HTTP answers this machine only until there is a token: see lmcache auth init and --auth-file")
+        elif not config.tls_cert:
+            print("HTTP tokens of other machines travel unencrypted: see --tls-cert and --tls-key")
     print(f"engines of this machine use it with: {command}", flush=True)
 
 

@@ -15,7 +15,8 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lmcache.server import http
+from lmcache.server import http, tls
+from lmcache.server.access import Role, Token
 from lmcache.server.limits_file import LimitsFile, state_folder
 from lmcache.server.link import CoreLink
 from lmcache.system import SystemClock
@@ -37,7 +38,7 @@ def main() -> None:
     core = socket.socket(fileno=0)
     boot = _read_boot(core)
     logging.basicConfig(level=boot["log_level"], format=boot["log_format"])
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # below that, what a client can cause as often as it likes
     asyncio.run(_serve(core, boot))
 
 
@@ -56,8 +57,10 @@ async def _serve(core: socket.socket, boot: dict[str, Any]) -> None:
     link = CoreLink(boot["endpoint"], bytes.fromhex(boot["token"]))
     cascade = _cascade(boot)
     limits = LimitsFile(state_folder(boot["instance"]))
-    app = http.build_app(link, cascade, limits, boot["config"], boot["config"]["chunk_tokens"], boot["version"])
-    server = http.build_server(app)
+    config = boot["config"]
+    access = http.Access([Token(Role(role), bytes.fromhex(digest)) for role, digest in boot["tokens"]])
+    app = http.build_app(link, cascade, limits, config, config["chunk_tokens"], boot["version"], access)
+    server = http.build_server(app, tls.context(config["tls_cert"], config["tls_key"]))
     loop = asyncio.get_running_loop()
     jobs = [] if cascade is None else [asyncio.create_task(_run_cascade(cascade, server.stop))]
     core.setblocking(False)

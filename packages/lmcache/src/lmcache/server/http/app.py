@@ -6,10 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
+from fastapi.responses import PlainTextResponse
+from starlette.routing import Match, Route
 
 from lmcache.server import exposition
 from lmcache.server.http import prefix, tenancy, tier_views
+from lmcache.server.http.description import DescribedApp
+from lmcache.server.http.gate import Access, guard, is_known
 from lmcache.server.http.replies import Rejected, ask, read_body, read_object, reply
 from lmcache.server.limits_file import LimitsFile
 from lmcache.server.link import CoreLink
@@ -44,16 +48,26 @@ def build_app(
     config: Mapping[str, object],
     chunk_tokens: int,
     version: str,
-) -> FastAPI:
+    access: Access,
+) -> DescribedApp:
     """The application. ``config`` is what ``/config`` shows: settings only, nothing of the environment."""
-    app = FastAPI(title="LMCache HTTP API", version=version, redoc_url=None)
+    app = DescribedApp(title="LMCache HTTP API", version=version, redoc_url=None)
+    guard(app, access)
 
     @app.exception_handler(Rejected)
     async def _reject(_: Request, rejected: Exception) -> Response:
         assert isinstance(rejected, Rejected)
         return reply({rejected.word: str(rejected)}, rejected.status)
 
-    _add_core_routes(app, link, cascade)
+    @app.exception_handler(405)
+    async def _other_method(request: Request, _: Exception) -> Response:
+        found = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        methods = {method for route in found if isinstance(route, Route) for method in route.methods or ()}
+        answer = reply({"detail": "Method Not Allowed"}, 405)
+        answer.headers["Allow"] = ", ".join(sorted(methods))
+        return answer
+
+    _add_core_routes(app, link, cascade, access)
     tenancy.add_routes(app, link, cascade, limits)
     prefix.add_routes(app, link, cascade, chunk_tokens)
 
@@ -75,15 +89,15 @@ def build_app(
     return app
 
 
-def _add_core_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None) -> None:
+def _add_core_routes(app: DescribedApp, link: CoreLink, cascade: Cascade | None, access: Access) -> None:
     unhealthy: dict[int | str, dict[str, Any]] = {503: {"model": api.Health}}
 
     @app.get(api.PATH_HEALTH, response_model=api.Health, responses=unhealthy)
-    async def healthcheck() -> Response:
-        """Whether a real message went through the core within the last second."""
+    async def healthcheck(request: Request) -> Response:
+        """Whether a real message went through the core within the last second; why not is told to nobody unknown."""
         reason = await link.illness()
         if reason is not None:
-            return reply(api.to_json(api.Health("unhealthy", reason)), 503)
+            return reply(api.to_json(api.Health("unhealthy", reason if is_known(request) else None)), 503)
         return reply({"status": "healthy"})
 
     @app.get(api.PATH_STATUS, response_model=api.Status)
@@ -96,10 +110,11 @@ def _add_core_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None) -> N
             ]
         return reply(status)
 
-    @app.get(api.PATH_METRICS)
+    @app.get(api.PATH_METRICS, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters and gauges as Prometheus text."""
         document = await _snapshot(link)
+        document["counters"]["http_refused"] = access.num_refused
         states = [] if cascade is None else await cascade.states()
         text = exposition.render(document["counters"], document["gauges"], states)
         return Response(text, media_type=exposition.CONTENT_TYPE)

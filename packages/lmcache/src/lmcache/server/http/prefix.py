@@ -32,10 +32,11 @@ _BODY = {
                 "properties": {
                     "token_ids": {
                         "type": "array",
+                        "minItems": 1,
                         "items": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1},
                     },
                     "model_name": {"type": ["string", "null"]},
-                    "cache_salt": {"type": "string", "default": ""},
+                    "cache_salt": {"type": "string", "default": "", "maxLength": SALT_BYTES_MAX},
                 },
             }
         }
@@ -96,10 +97,17 @@ def _read(document: dict[str, Any], chunk_tokens: int) -> api.LookupRequest:
         raise Rejected(422, "token_ids must be a list of at least one token id")
     if len(tokens) > KEYS_MAX * chunk_tokens:
         raise Rejected(413, f"a look-up takes at most {KEYS_MAX * chunk_tokens} tokens")
-    if not all(type(token) is int and 0 <= token < 1 << 32 for token in tokens):
-        raise Rejected(422, "token_ids must be whole numbers from 0 to 4294967295")
+    if not _are_token_ids(tokens):
+        # 5.0 is a whole number to JSON Schema
+        tokens = [int(token) if type(token) is float and token.is_integer() else token for token in tokens]
+        if not _are_token_ids(tokens):
+            raise Rejected(422, "token_ids must be whole numbers from 0 to 4294967295")
     if model is not None and not isinstance(model, str):
         raise Rejected(422, "model_name must be a text or null")
     if not isinstance(salt, str) or len(salt.encode("utf-8", "replace")) > SALT_BYTES_MAX:
         raise Rejected(422, f"cache_salt must be a text of at most {SALT_BYTES_MAX} bytes")
     return api.LookupRequest(tokens, model, salt)
+
+
+def _are_token_ids(tokens: list[Any]) -> bool:
+    return all(type(token) is int and 0 <= token < 1 << 32 for token in tokens)

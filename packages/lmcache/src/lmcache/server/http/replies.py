@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
 
 from lmcache.errors import PeerRefused, PeerSilent
 from lmcache.wire.messages import REFUSED_BUSY
@@ -52,13 +53,16 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> bytes:
     """The whole body.
 
     Raises:
-        Rejected: it is longer than ``bytes_max``.
+        Rejected: it is longer than ``bytes_max``, or its sender is gone (and will not see the answer).
     """
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > bytes_max:
-            raise Rejected(413, f"a body has at most {bytes_max} bytes")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > bytes_max:
+                raise Rejected(413, f"a body has at most {bytes_max} bytes")
+    except ClientDisconnect:
+        raise Rejected(400, "the body ended early") from None
     return bytes(body)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+
+from lmcache.server.http.patience import PatientProtocol
 
 
 class QuietServer(uvicorn.Server):
@@ -32,17 +36,32 @@ class QuietServer(uvicorn.Server):
         self.stop()
 
 
-def build_server(app: FastAPI) -> QuietServer:
+class _Config(uvicorn.Config):
+    """uvicorn's settings with a TLS context of ours: its own allows ciphers that the system's default does not."""
+
+    def __init__(self, app: FastAPI, tls: ssl.SSLContext | None, **settings: Any) -> None:
+        super().__init__(app, **settings)
+        self._tls = tls
+
+    def load(self) -> None:
+        """Called by ``serve``."""
+        super().load()
+        self.ssl = self._tls
+
+
+def build_server(app: FastAPI, tls: ssl.SSLContext | None = None) -> QuietServer:
     """One worker that is idle when nobody asks, and stops within a second."""
     return QuietServer(
-        uvicorn.Config(
+        _Config(
             app,
+            tls,
             loop="asyncio",
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # where a request comes from is what the kernel says
             server_header=False,
             date_header=False,
             timeout_keep_alive=5,

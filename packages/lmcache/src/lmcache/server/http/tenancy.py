@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
@@ -31,7 +32,8 @@ _LIMIT_BODY = {
             "schema": {
                 "type": "object",
                 "required": ["limit_gb"],
-                "properties": {"limit_gb": {"type": "number", "minimum": 0}},
+                "additionalProperties": False,
+                "properties": {"limit_gb": {"type": "number", "minimum": 0, "maximum": sys.float_info.max / GB}},
             }
         }
     },
@@ -173,7 +175,7 @@ def _limit_gb(document: dict[str, Any]) -> float:
         limit = float(limit)
     except OverflowError:
         limit = math.inf
-    if not math.isfinite(limit):
+    if not math.isfinite(limit * GB):
         raise Rejected(400, "limit_gb must be finite", "error")
     if limit < 0:
         raise Rejected(400, "limit_gb must not be negative", "error")
