@@ -47,6 +47,7 @@ nox.options.sessions = [
     "browser",
     "server",
     "tiers",
+    "sim",
     "guard",
     "engine",
     "compat",
@@ -208,6 +209,19 @@ def tiers(session: nox.Session) -> None:
     python = environment("tiers", version, needed, sites=[requirements_site(version)], script=recipe)
     install_wheel(python, artefacts.full_wheel(version))
     pytest(session, python, "tests/tiers")
+
+
+@gate(300, "sim")
+def sim(session: nox.Session) -> None:
+    """The real core, wire, cascade and connectors under a seeded scheduler, with faults."""
+    pytest(session, full_environment(main_version()), "tests/sim/test_sim.py", "-o", "faulthandler_timeout=900")
+
+
+@nox.session(venv_backend="none")
+def planted(session: nox.Session) -> None:
+    """Long: bugs planted on purpose, each of which the simulation must find."""
+    python = full_environment(main_version())
+    pytest(session, python, "tests/sim/test_planted.py", "-o", "faulthandler_timeout=1800")
 
 
 @gate(240, "guard")

@@ -200,7 +200,7 @@ class Cache:
             self._leases.add(number, owner, self._clock.now() + self._limits.lease_s, [entry])
             return number
 
-        return self._writing.choose(bytes_max, lease, from_old_end=from_old_end)
+        return self._writing.choose(bytes_max, self._lease_limit_bytes(), lease, from_old_end=from_old_end)
 
     def written(self, owner: Owner, lease: int, *, kept: bool) -> bool:
         """The end of a ``Writing``; one that is not ``kept`` by the tiers waits for another turn."""

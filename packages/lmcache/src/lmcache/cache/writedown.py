@@ -31,10 +31,13 @@ class WriteDown:
         self._extents = extents
         self._pool = pool
 
-    def choose(self, bytes_max: int, lease: Callable[[int], int | None], *, from_old_end: bool) -> list[Writing]:
+    def choose(
+        self, bytes_max: int, limit_bytes: float, lease: Callable[[int], int | None], *, from_old_end: bool
+    ) -> list[Writing]:
         """As many chunks as fit into ``bytes_max`` and one more; they wait no longer.
 
         Args:
+            limit_bytes: what may be pinned altogether.
             lease: pins an entry and returns the lease's number, None where no more may be pinned.
             from_old_end: those that will be evicted next, and only while L1 is nearly full; else in their order.
         """
@@ -45,6 +48,9 @@ class WriteDown:
         num_extents = 0
         for entry in self._next_to_go() if from_old_end else list(islice(unwritten, WRITES_MAX)):
             if entry not in unwritten:
+                continue
+            if self._bytes(entry) > limit_bytes:  # will never be pinned, and must not bar the way for others
+                unwritten.lose(entry)
                 continue
             num_extents += self._index.world_size[entry]
             if bytes_max <= 0 or len(chosen) >= WRITES_MAX or (chosen and num_extents > WRITE_EXTENTS_MAX):

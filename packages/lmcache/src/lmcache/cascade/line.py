@@ -6,11 +6,11 @@ import asyncio
 import os
 from typing import TypeVar
 
-from lmcache.errors import WireError
+from lmcache.errors import PeerRefused, WireError
 from lmcache.transfer.pool_map import PoolMap
 from lmcache.wire.async_client import AsyncClient
 from lmcache.wire.attach import Attachment, attach
-from lmcache.wire.messages import WIRE_VERSION, Attach, Done, Hello, Reply, Request, Welcome
+from lmcache.wire.messages import REFUSED_UNKNOWN, WIRE_VERSION, Attach, Done, Hello, Reply, Request, Welcome
 from lmcache.wire.orders import Enlist
 
 GREETING_S = 2.0
@@ -28,6 +28,7 @@ class CoreLine:
         self._pool = pool
         self._client = client
         self._memory = memoryview(pool.buffer)
+        self.is_lost = asyncio.Event()
 
     @property
     def pool_bytes(self) -> int:
@@ -44,7 +45,12 @@ class CoreLine:
         Raises:
             WireError: refused, no answer in time, or an answer to another question.
         """
-        reply: Reply = await self._client.call(request, timeout_s)
+        try:
+            reply: Reply = await self._client.call(request, timeout_s)
+        except PeerRefused as error:
+            if error.code == REFUSED_UNKNOWN:  # the core no longer knows this connection
+                self.is_lost.set()
+            raise
         if not isinstance(reply, kind):
             raise WireError(f"the core answered a {type(request).__name__} with a {type(reply).__name__}")
         return reply

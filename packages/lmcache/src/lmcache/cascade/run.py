@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Cascade:
                 for keeper in keepers:
                     if keeper.done():
                         keeper.result()  # a tier that nobody keeps is a fault of ours: end with its exception
+                gc.collect()  # exceptions hold frames, and those the old line's mapping, whose end the core waits for
                 await asyncio.sleep(RETRY_S)
         finally:
             for keeper in keepers:
@@ -110,7 +112,7 @@ class Cascade:
         asked: set[asyncio.Task[Work]] = set()
         offered = -1
         try:
-            while True:
+            while not line.is_lost.is_set():
                 credit = self._credit()
                 if not asked or (credit > 0 and offered <= 0) or (offered > 0 and credit >= 2 * offered):
                     offered = credit

@@ -216,8 +216,10 @@ class CopyWorker:
         _use_any_cpu()
         while True:
             try:
-                job = self._stores.get(timeout=POPULATE_PAUSE_S if self._populating() else None)
+                # Not without end while a grant may still come that nobody waits for: it has to be given back.
+                job = self._stores.get(timeout=POPULATE_PAUSE_S if self._populating() or self._late else None)
             except queue.Empty:
+                self._give_back_late()
                 continue
             if job is None:
                 break
@@ -230,6 +232,12 @@ class CopyWorker:
             self._end(Outcome(job.id, is_load=False))
         if self._talking is not None:
             self._talking.client.close()
+
+    def _give_back_late(self) -> None:
+        line = self._line()
+        if line is not None and self._late:
+            with contextlib.suppress(PeerSilent):
+                self._abort_late(line)
 
     def _store(self, job: StoreJob) -> None:
         line = self._line()

@@ -21,8 +21,11 @@ LOOKUP_S = 1.0
 """A lookup takes well under a millisecond; a server that needs this long is stopped, and the engine goes on without
 it."""
 
-PROMOTION_S = 2.0
-"""How long a request waits for chunks that come from the tiers; after that it takes what has arrived."""
+PROMOTION_S = 1.5
+"""How long a request waits for chunks that come from the tiers; after that it asks for what has arrived."""
+
+BUDGET_S = 2.0
+"""How long a request waits for us altogether, whatever happens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Question:
     request: Lookup
     deadline: float  # of the request that is on its way
     patience_ends: float  # no promotion is waited for any longer
+    ends: float  # the request's budget is used up
     again_at: float | None = None  # when to ask again: chunks are on their way from the tiers
     over: bool = False
     abandoned: bool = False
@@ -63,7 +67,7 @@ class SchedulerSession:
         self._now = now
         self._line: Line | None = None
         self._asked: dict[int, Question] = {}
-        self._promoting: set[Question] = set()
+        self._promoting: dict[Question, None] = {}
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -82,7 +86,8 @@ class SchedulerSession:
         if line is None:
             return None
         request = Lookup(0, keys=b"".join(keys[:KEYS_MAX]), first_chunk=first_chunk, counted=counted, promote=True)
-        question = Question(line, request, 0.0, self._now() + PROMOTION_S)
+        now = self._now()
+        question = Question(line, request, 0.0, now + PROMOTION_S, now + BUDGET_S)
         return question if self._send(question) else None
 
     def poll(self, question: Question) -> bool:
@@ -98,7 +103,7 @@ class SchedulerSession:
         if question.answer is not None:
             self.release(question.answer)
         elif question.again_at is not None:
-            self._promoting.discard(question)
+            self._promoting.pop(question, None)
             self._release(question.line, question.request.promotion, ())
         question.over, question.abandoned, question.answer = True, True, None
 
@@ -135,13 +140,13 @@ class SchedulerSession:
             return
         question.request = msgspec.structs.replace(question.request, promotion=reply.promotion)
         question.again_at = self._now() + reply.retry_ms / 1000
-        self._promoting.add(question)
+        self._promoting[question] = None
 
     def _ask_again(self) -> None:
         """Repeat the questions whose time has come; out of patience, ask for what L1 has by now."""
         now = self._now()
         for question in [question for question in self._promoting if (question.again_at or 0.0) <= now]:
-            self._promoting.discard(question)
+            self._promoting.pop(question, None)
             question.again_at = None
             if now >= question.patience_ends:
                 self._release(question.line, question.request.promotion, ())
@@ -156,7 +161,7 @@ class SchedulerSession:
         except PeerSilent as error:
             self._drop(question.line, str(error))
             return False
-        question.deadline = self._now() + LOOKUP_S
+        question.deadline = min(self._now() + LOOKUP_S, question.ends)
         self._asked[request_id] = question
         return True
 

@@ -65,7 +65,7 @@ class Folder:
                     if name.isdigit():
                         self._unlink(f"{WRITING}/{name}")
                 self.is_direct = takes_direct(self._root, f"{WRITING}/{next(self._numbers)}")
-            except OSError:
+            except BaseException:  # else nobody would ever unlock it
                 self.close()
                 raise
             self._flags = os.O_NOFOLLOW | (os.O_DIRECT if self.is_direct else 0)
