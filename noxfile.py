@@ -48,6 +48,7 @@ nox.options.sessions = [
     "server",
     "tiers",
     "sim",
+    "hostile",
     "guard",
     "engine",
     "compat",
@@ -222,6 +223,24 @@ def planted(session: nox.Session) -> None:
     """Long: bugs planted on purpose, each of which the simulation must find."""
     python = full_environment(main_version())
     pytest(session, python, "tests/sim/test_planted.py", "-o", "faulthandler_timeout=1800")
+
+
+@gate(400, "hostile")
+def hostile(session: nox.Session) -> None:
+    """Bytes and peers that mean no good, and processes that die, on a real server: an error for them, service for others."""
+    version = main_version()
+    python = environment("hostile", version, artefacts.group("hostile"), sites=[requirements_site(version)])
+    install_wheel(python, artefacts.full_wheel(version))
+    pytest(session, python, "tests/hostile", "-o", "faulthandler_timeout=300")
+
+
+@nox.session(venv_backend="none")
+def fuzz(session: nox.Session) -> None:
+    """Long: the decoders under coverage-guided fuzzing; options go to fuzz/run.py."""
+    version = main_version()
+    python = environment("fuzz", version, artefacts.group("fuzz"), sites=[requirements_site(version)])
+    install_wheel(python, artefacts.full_wheel(version))
+    session.run(str(python), str(ROOT / "fuzz" / "run.py"), *session.posargs)
 
 
 @gate(240, "guard")

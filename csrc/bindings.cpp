@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "copy.hpp"
+#include "guard.hpp"
 #include "leaf.hpp"
 #include "xxh3.hpp"
 
@@ -108,9 +109,22 @@ lmcache::Plan plan_of(lmcache::Direction direction, const View& pool, const Tabl
     return plan;
 }
 
+// What is gone was read as zeros, or written where nobody else sees it: neither may pass for a copy.
+void demand_whole(const u8* memory) {
+    if (!lmcache::lost(memory)) return;
+    errno = EFAULT;
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+}
+
 std::vector<u64> run(const lmcache::Plan& plan) {
-    const py::gil_scoped_release unlocked;
-    return lmcache::copy(plan, lmcache::best_kernels());
+    std::vector<u64> sums;
+    {
+        const py::gil_scoped_release unlocked;
+        sums = lmcache::copy(plan, lmcache::best_kernels());
+    }
+    demand_whole(plan.pool);
+    return sums;
 }
 
 py::bytes store(const py::buffer& pool, const py::buffer& segments, const py::object& num_blocks,
@@ -144,11 +158,23 @@ u64 xxh3_64(const py::buffer& data, const py::object& seed) {
 u64 checksum(const py::buffer& data, const py::object& seed) {
     const View view(data, "data");
     const u64 start = natural(seed, "seed");
-    const py::gil_scoped_release unlocked;
-    const lmcache::Kernels& kernels = lmcache::best_kernels();
-    const std::vector<u64> leaves = lmcache::leaf_hashes(kernels, view.data(), view.bytes());
-    return lmcache::checksum_of(kernels, leaves.data(), leaves.size(), start);
+    u64 sum = 0;
+    {
+        const py::gil_scoped_release unlocked;
+        const lmcache::Kernels& kernels = lmcache::best_kernels();
+        const std::vector<u64> leaves = lmcache::leaf_hashes(kernels, view.data(), view.bytes());
+        sum = lmcache::checksum_of(kernels, leaves.data(), leaves.size(), start);
+    }
+    demand_whole(view.data());
+    return sum;
 }
+
+int guard(const py::buffer& memory) {
+    const View view(memory, "memory", true);
+    return lmcache::guard(view.data(), view.bytes());
+}
+
+bool lost(const py::buffer& memory) { return lmcache::lost(View(memory, "memory").data()); }
 
 py::bytes pack_tokens(const py::list& tokens) {
     const Py_ssize_t count = PyList_GET_SIZE(tokens.ptr());
@@ -206,5 +232,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("retrieve", retrieve, py::arg("pool"), py::arg("segments"), py::arg("num_blocks"), py::arg("blocks"),
                py::arg("offsets"), py::arg("seeds"), py::arg("checksums"), py::arg("threads"));
     module.def("pack_tokens", pack_tokens, py::arg("tokens"));
+    module.def("guard", guard, py::arg("memory"));
+    module.def("unguard", lmcache::unguard, py::arg("slot"));
+    module.def("lost", lost, py::arg("memory"));
     module.def("populate", populate, py::arg("pool"), py::arg("offset"), py::arg("length"));
 }

@@ -88,6 +88,13 @@ class Pool:
             raise
         return file.detach(), slot
 
+    def damage(self) -> str | None:
+        """What somebody did to the file that makes the pool useless, None while it is whole. Costs one fstat."""
+        size_bytes = self.file.info().size_bytes
+        if size_bytes >= self.total_bytes:
+            return None
+        return f"L1's file was cut to {size_bytes} of {self.total_bytes} bytes: restart the server"
+
     def writer_alive(self, slot: int) -> bool:
         """Whether some process still holds the descriptor of this slot, or a mapping of it."""
         return self.file.byte_is_held(WRITER_LOCK_BASE + slot)

@@ -6,7 +6,7 @@ import asyncio
 import os
 from typing import TypeVar
 
-from lmcache.errors import PeerRefused, WireError
+from lmcache.errors import PeerRefused, PoolError, WireError
 from lmcache.transfer.pool_map import PoolMap
 from lmcache.wire.async_client import AsyncClient
 from lmcache.wire.attach import Attachment, attach
@@ -38,6 +38,15 @@ class CoreLine:
     def extent(self, offset: int, num_bytes: int) -> memoryview:
         """A piece of L1, where it lies."""
         return self._memory[offset : offset + num_bytes]
+
+    def demand_whole(self) -> None:
+        """Call before bytes of L1 are begun to be used, and before they are judged.
+
+        Raises:
+            PoolError: L1's file was cut under us: what was read from it or written to it since means nothing.
+        """
+        if not self._pool.is_whole:
+            raise PoolError("the pool's file was cut while it was in use")
 
     async def ask(self, request: Request, kind: type[T], timeout_s: float = ANSWER_S) -> T:
         """One request, one answer.

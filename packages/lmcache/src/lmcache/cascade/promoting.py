@@ -174,10 +174,11 @@ class Promoter:
         tier = self._tiers[place.level]
         ranks = len(offsets)
         try:
+            line.demand_whole()
             extent_bytes = (place.size - header_bytes(ranks)) // ranks
             first = page_view(header_bytes(ranks))
             extents = [line.extent(offset, extent_bytes) for offset in offsets]
-            header = await self._get(tier, place.key, first, extents)
+            header = await self._get(line, tier, place.key, first, extents)
             if header is not None:
                 checksums = struct.pack(f"<{ranks}Q", *header.checksums)
                 origin = header.tenant + header.namespace + header.layout
@@ -206,11 +207,14 @@ class Promoter:
         except LMCacheError as error:
             log.debug("a reservation was not given back: %s", error)
 
-    async def _get(self, tier: Guarded, key: bytes, first: memoryview, extents: list[memoryview]) -> Header | None:
+    async def _get(
+        self, line: CoreLine, tier: Guarded, key: bytes, first: memoryview, extents: list[memoryview]
+    ) -> Header | None:
         """The header of an object whose bytes are what was stored; None where there is none. A spoiled one is deleted.
 
         Raises:
             TierError: the tier failed.
+            PoolError: L1's memory is gone.
         """
         if not await tier.get(key, [first, *extents]):
             return None
@@ -220,7 +224,11 @@ class Promoter:
             reason = str(error)
         else:
             loop = asyncio.get_running_loop()
-            reason = await loop.run_in_executor(self._verifiers, _verdict, header, key, extents)
+            try:
+                reason = await loop.run_in_executor(self._verifiers, _verdict, header, key, extents)
+            except OSError:  # memory that is gone; which is said below
+                reason = "it was not read"
+            line.demand_whole()
             if not reason:
                 return header
         tier.counts.spoiled += 1

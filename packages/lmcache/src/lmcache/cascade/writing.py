@@ -46,6 +46,7 @@ class Writer:
         extent_bytes = padded(order.extent_bytes)
         self.used_bytes += ranks * extent_bytes
         try:
+            line.demand_whole()
             offsets = struct.unpack(f"<{ranks}Q", order.offsets)
             checksums = struct.unpack(f"<{ranks}Q", order.checksums)
             header = Header(order.key, *split_origin(order.origin), order.extent_bytes, checksums)
@@ -56,6 +57,7 @@ class Writer:
             limit_bytes = None if order.limit_bytes < 0 else order.limit_bytes
             share = Share(header.tenant, limit_bytes)
             outcomes = await asyncio.gather(*(self._write_to(tier, header, parts, share) for tier in self._tiers))
+            line.demand_whole()  # else the tiers may have zeros, which nobody will take for the chunk
             failed = any(outcome is None for outcome in outcomes) or not any(tier.is_up for tier in self._tiers)
             kept = any(outcome is True for outcome in outcomes) or not failed
             await line.ask(Written(0, lease=order.lease, kept=kept), Done)

@@ -201,7 +201,11 @@ class CopyWorker:
         if line is None or line.pool is None or line.server != job.server:
             return Outcome(job.id, is_load=True)
         plan = Plan.of(job.blocks, job.offsets, self._seeds(job.keys))
-        failed = self._engine.retrieve(line.pool, plan, job.checksums, LOAD_THREADS)
+        try:
+            failed = self._engine.retrieve(line.pool, plan, job.checksums, LOAD_THREADS)
+        except OSError as error:
+            self._link.drop(line, f"the pool's memory is gone ({error.strerror})")
+            return Outcome(job.id, is_load=True)
         self.counters.loaded_chunks += len(job.offsets) - len(failed)
         self.counters.failed_chunks += len(failed)
         if failed:
@@ -275,7 +279,12 @@ class CopyWorker:
                 seeds,
             )
             assert line.pool is not None
-            checksums = self._engine.store(line.pool, plan, STORE_THREADS)
+            try:
+                checksums = self._engine.store(line.pool, plan, STORE_THREADS)
+            except OSError as error:
+                ticket = 0  # ends with the line
+                self._link.drop(line, f"the pool's memory is gone ({error.strerror})")
+                return False
             with self._shared.lock:
                 marked = job.id in self._shared.marked
             if not marked:

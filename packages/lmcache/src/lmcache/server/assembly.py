@@ -124,7 +124,7 @@ def _core(
         engines = [instance for instance in sessions.instances() if instance is not tiering.cascade]
         counters.promotions = tiering.promotions.num_started
         counters.abandoned_promotions = tiering.promotions.num_abandoned
-        return report.document(cache.usage(), counters, engines, frame, core.fault)
+        return report.document(cache.usage(), counters, engines, frame, core.fault or cache.pool.damage())
 
     tenants = Tenants()
     for salt, limit_gb in LimitsFile(state_folder(config.instance)).load().items():

@@ -158,6 +158,8 @@ class Folder:
                         os.utime(fd)
                     return Outcome.WHOLE
             except OSError as error:  # a bad place on the disk costs the object, a broken disk is told
+                if error.errno == errno.EFAULT:  # our buffer's memory is gone, which says nothing about the file
+                    raise
                 broken = error
             finally:
                 os.close(fd)

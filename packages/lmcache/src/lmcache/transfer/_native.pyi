@@ -38,6 +38,7 @@ def store(
 
     Raises:
         ValueError: an argument does not fit the others, or would reach outside the pool or the engine's blocks.
+        OSError: the pool is guarded, and memory of it is gone.
     """
 
 def retrieve(
@@ -62,6 +63,19 @@ def populate(pool: Buffer, offset: int, length: int) -> None:
     Raises:
         OSError: what madvise said.
     """
+
+def guard(memory: Buffer) -> int:
+    """Let no page of this mapping that is taken away (a file that was cut) end this process: zeros of its own take the
+    page's place, whoever touches it. Returns a slot for ``unguard``, or -1 where there is none left.
+
+    ``store``, ``retrieve`` and ``checksum`` raise OSError (EFAULT) once that has happened to the mapping they touch.
+    """
+
+def unguard(slot: int) -> None:
+    """End a guard, before its memory is unmapped."""
+
+def lost(memory: Buffer) -> bool:
+    """Whether a page of the guarded mapping around this memory was taken away and touched since."""
 
 def pack_tokens(tokens: list[int]) -> bytes:
     """Token ids as little-endian uint32: ``lmcache.keys.pack_tokens``, which is its definition, for a list and faster.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 from lmcache.errors import AttachError
 from lmcache.transfer import _native
@@ -26,8 +27,16 @@ class PoolMap:
             raise AttachError(f"cannot map the pool: {error.strerror}") from None
         finally:
             os.close(fd)
+        # The file can be cut under us; a page that is gone must cost the copy, not the process.
+        self._guard = weakref.finalize(self.buffer, _native.unguard, _native.guard(self.buffer))
+        self._guard.atexit = False
         self.size_bytes = size_bytes
         self.populated_bytes = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file still has all the bytes that were mapped, and nothing was touched that it lacked."""
+        return self.buffer.size() >= self.size_bytes and not _native.lost(self.buffer)
 
     def populate(self, ready_bytes: int) -> bool:
         """Enter up to one step of the memory that exists into the page table; True when more is left below

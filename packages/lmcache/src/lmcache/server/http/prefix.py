@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request, Response
 
 from lmcache.keys import extend, pack_tokens, request_namespace
-from lmcache.server.http.replies import Rejected, ask, read_body, read_object, reply
+from lmcache.server.http.replies import Bodies, Rejected, ask, read_object, reply
 from lmcache.server.link import CoreLink
 from lmcache.server.tenants import SALT_BYTES_MAX
 from lmcache.wire.messages import KEYS_MAX, Held, Peek, Report, Tenants
@@ -46,11 +46,9 @@ _BODY = {
 
 def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, chunk_tokens: int) -> None:
     """Add the one route."""
+    bodies = Bodies()
 
-    @app.post(api.PATH_LOOKUP, response_model=api.LookupReply, openapi_extra={"requestBody": _BODY})
-    async def lookup(request: Request) -> Response:
-        """Which whole chunks of these tokens are held, for every model whose engine has registered."""
-        body = await read_body(request, LOOKUP_BYTES_MAX)
+    async def answer(body: bytes) -> Response:
         # Long prompts take many milliseconds at each step, and others are being served.
         asked = await asyncio.to_thread(lambda: _read(read_object(body), chunk_tokens))
         report = await ask(link.ask, Tenants(0), Report)
@@ -70,6 +68,12 @@ def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, chunk_toke
         models = [await _prefix(link, cascade, item, packed, asked.cache_salt, chunk_tokens) for item in known]
         found = api.LookupReply(chunk_tokens, len(asked.token_ids), models)
         return await asyncio.to_thread(lambda: reply(api.to_json(found)))
+
+    @app.post(api.PATH_LOOKUP, response_model=api.LookupReply, openapi_extra={"requestBody": _BODY})
+    async def lookup(request: Request) -> Response:
+        """Which whole chunks of these tokens are held, for every model whose engine has registered."""
+        async with bodies.read(request, LOOKUP_BYTES_MAX) as body:
+            return await answer(body)
 
 
 async def _prefix(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -13,6 +14,9 @@ from lmcache.errors import PeerRefused, PeerSilent
 from lmcache.wire.messages import REFUSED_BUSY
 
 BODY_BYTES_MAX = 64 << 10
+
+BODIES_BYTES_MAX = 32 << 20
+"""Bodies of large requests that are in hand at once; each costs several times its bytes while it is being read."""
 
 T = TypeVar("T")
 
@@ -49,8 +53,35 @@ async def ask(link_ask: Callable[[Any], Awaitable[Any]], request: object, kind: 
     return reply
 
 
-async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> bytes:
-    """The whole body.
+class Bodies:
+    """Large bodies that are in hand at once, until their requests are over: together they have a limit, too."""
+
+    def __init__(self, bytes_max: int = BODIES_BYTES_MAX) -> None:
+        self._bytes_max = bytes_max
+        self._used_bytes = 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request, bytes_max: int) -> AsyncIterator[bytes]:
+        """As ``read_body``, and 503 where others fill the limit; the bytes count until the context ends."""
+        counted = 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal counted
+            if self._used_bytes + num_bytes > self._bytes_max:
+                raise Rejected(503, "too many large requests are in hand: ask again")
+            counted += num_bytes
+            self._used_bytes += num_bytes
+
+        try:
+            yield await read_body(request, bytes_max, count)
+        finally:
+            self._used_bytes -= counted
+
+
+async def read_body(
+    request: Request, bytes_max: int = BODY_BYTES_MAX, count: Callable[[int], None] = lambda _: None
+) -> bytes:
+    """The whole body; ``count`` is told of each part's bytes.
 
     Raises:
         Rejected: it is longer than ``bytes_max``, or its sender is gone (and will not see the answer).
@@ -58,6 +89,7 @@ async def read_body(request: Request, bytes_max: int = BODY_BYTES_MAX) -> bytes:
     body = bytearray()
     try:
         async for part in request.stream():
+            count(len(part))
             body += part
             if len(body) > bytes_max:
                 raise Rejected(413, f"a body has at most {bytes_max} bytes")
