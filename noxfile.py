@@ -227,7 +227,7 @@ def planted(session: nox.Session) -> None:
 
 @gate(400, "hostile")
 def hostile(session: nox.Session) -> None:
-    """Bytes and peers that mean no good, and processes that die, on a real server: an error for them, service for others."""
+    """Bytes and peers that mean no good, processes that die: an error for them, service for the others."""
     version = main_version()
     python = environment("hostile", version, artefacts.group("hostile"), sites=[requirements_site(version)])
     install_wheel(python, artefacts.full_wheel(version))
