@@ -172,7 +172,7 @@ def native(session: nox.Session) -> None:
     session.run(f"{folder}/native_tests")
 
 
-@gate(300, "cli")
+@gate(420, "cli")
 def cli(session: nox.Session) -> None:
     """The thin wheel alone, on every Python from 3.10."""
     for version in available(session, THIN_PYTHONS):
