@@ -164,7 +164,9 @@ class Mapping:
 
 
 class PoolMap:
-    """In place of ``transfer.pool_map.PoolMap``: a mapping by the current process."""
+    """In place of ``transfer.pool_map.PoolMap``: a mapping by the current process. Nobody cuts its file."""
+
+    is_whole = True
 
     files: Files  # of the world that runs
 

@@ -17,6 +17,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "server"))
+
 from server_running import WAIT_S, eventually, free_ports
 
 MAIN = "from lmcache.benchmark.tier_command import bench_tier as b; import sys; sys.exit(b.main(standalone_mode=False))"
