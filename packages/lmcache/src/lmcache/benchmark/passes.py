@@ -6,10 +6,12 @@ they are the least recently used and the room is needed, and they displace what 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -147,10 +149,21 @@ class Runner:
         self._memory.stamp(number)
         if compared:
             self._memory.wipe()
-        try:
+        with self._conversation(line):
             self._store(line, keys)
             found = self._lookup(line, keys)
             self._retrieve(line, keys, found)
+        if compared:
+            self.results.num_compared += 1
+            if not self._memory.is_intact():
+                self.results.num_wrong_passes += 1
+                raise PassFailed("wrong_bytes")
+
+    @contextlib.contextmanager
+    def _conversation(self, line: Line) -> Iterator[None]:
+        """What ends a conversation ends the pass, each by its own cause."""
+        try:
+            yield
         except PeerSilent as error:
             self._link.drop(line, str(error))
             raise PassFailed("no_answer") from None
@@ -159,11 +172,6 @@ class Runner:
         except WireError as error:
             self._link.drop(line, str(error))
             raise PassFailed("bad_answer") from None
-        if compared:
-            self.results.num_compared += 1
-            if not self._memory.is_intact():
-                self.results.num_wrong_passes += 1
-                raise PassFailed("wrong_bytes")
 
     def _store(self, line: Line, keys: bytes) -> None:
         started = time.monotonic()

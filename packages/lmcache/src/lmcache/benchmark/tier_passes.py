@@ -16,7 +16,7 @@ from lmcache.benchmark.passes import PassFailed, Results, Runner, expected, seed
 from lmcache.benchmark.tier_server import PrivateServer, ServerFailed, TierCounts
 from lmcache.connectors.copier import ANSWER_S, LOAD_THREADS
 from lmcache.connectors.link import Address, Line
-from lmcache.errors import PeerRefused, PeerSilent, WireError
+from lmcache.errors import WireError
 from lmcache.keys import KEY_BYTES, extend
 from lmcache.transfer.plan import Plan
 from lmcache.wire.messages import Found, Lookup, Promoting, Release
@@ -112,20 +112,12 @@ class TierRunner(Runner):
         keys = b"".join(extend(self._parent, os.urandom(4 * self._num_tokens), line.chunk_tokens))
         self._memory.stamp(number)
         self._memory.wipe()
-        try:
+        with self._conversation(line):
             self._write(line, keys)
             self._server.forget_l1()
             num_missing = self._load(line, keys)
             for _ in range(MISSES):
                 self._miss(line, len(keys))
-        except PeerSilent as error:
-            self._link.drop(line, str(error))
-            raise PassFailed("no_answer") from None
-        except PeerRefused as error:
-            raise PassFailed(f"refused_{error.code}") from None
-        except WireError as error:
-            self._link.drop(line, str(error))
-            raise PassFailed("bad_answer") from None
         if num_missing:
             raise PassFailed("missing")
         if compared:

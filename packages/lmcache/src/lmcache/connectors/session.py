@@ -95,7 +95,7 @@ class SchedulerSession:
         if not question.over:
             self.pump()
         if not question.over and question.again_at is None and self._now() >= question.deadline:
-            self._drop(question.line, f"the server did not answer a lookup within {LOOKUP_S:g} s")
+            self._drop(question.line, "the server did not answer a lookup in time")
         return question.over
 
     def cancel(self, question: Question) -> None:
