@@ -227,13 +227,6 @@ MUTATIONS = (
         "the file of an object is overwritten by another one while it is read",
     ),
     Mutation(
-        "removal takes the new object",
-        "lmcache.tiers.file",
-        "        while key in self._leaving:\n            await asyncio.wait([self._leaving[key]])\n",
-        "",
-        "an object that comes back while its old file is removed is acknowledged, and gone",
-    ),
-    Mutation(
         "failed put is catalogued",
         "lmcache.tiers.file",
         "            self._catalog.settle(key, stored)\n",
