@@ -200,7 +200,7 @@ class Standins:
         zmq = zmq_standin(self._network)
         disk = disk_standins(self._disk)
         replaced: list[tuple[Any, dict[str, Any]]] = [
-            (peer, {"zmq": zmq, "time": time}),
+            (peer, {"zmq": zmq, "time": time, "_listen": lambda _: _Port()}),
             (async_client, {"zmq": zmq}),
             (attach, {"os": system}),
             (core, {"os": system}),
@@ -230,6 +230,19 @@ class Standins:
                 logging.disable(was_disabled)
                 extents.Extents.__init__.__defaults__ = defaults
                 memory.PoolMap.files = former  # type: ignore[assignment]
+
+
+class _Port:
+    """Stands for the listening socket of a tcp door."""
+
+    def dup(self) -> _Port:
+        return self
+
+    def detach(self) -> int:
+        return -1
+
+    def close(self) -> None:
+        pass
 
 
 def _page_view(num_bytes: int) -> memoryview:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -156,7 +158,7 @@ def test_a_client_that_never_reads_is_given_up_and_the_others_are_served(echo: E
 
     def flood(listener: Listener, received: Received) -> None:
         if received.frame == b"deaf":
-            outcomes.extend(listener.send(received.peer, big) for _ in range(5000))
+            outcomes.extend([listener.send(received.peer, big) for _ in range(5000)])
         else:
             pong(listener, received)
 
@@ -185,3 +187,55 @@ def test_an_endpoint_in_use_is_told_by_that_name(echo: Echo) -> None:
 def test_nonsense_is_no_endpoint() -> None:
     with pytest.raises(WireError):
         Client("nonsense")
+
+
+def test_a_tcp_door_that_is_made_anew_keeps_its_port_and_loses_its_connections() -> None:
+    listener = Listener()
+    endpoint = listener.bind("tcp://127.0.0.1:*")
+    context = zmq.Context()
+    unfinished = context.socket(zmq.DEALER)
+    unfinished.connect(endpoint)
+    unfinished.send(b"half", zmq.SNDMORE)
+    with Client(endpoint) as client:
+        received = _receive(listener, lambda: client.send(m.Ping(0)))
+        former = listener.doors[0]
+        assert listener.reopen(0)
+        assert former.closed
+        assert not listener.send(received.peer, m.Pong(1, ready_bytes=7))
+        again = _receive(listener, lambda: client.send(m.Ping(0)))
+        assert again.frame is not None
+        assert codec.decode_request(again.frame).id > 1
+        assert listener.doors[0].getsockopt_string(zmq.LAST_ENDPOINT) == endpoint
+    unfinished.close(0)
+    context.term()
+    listener.close()
+
+
+def test_a_local_door_is_not_made_anew(tmp_path: Path) -> None:
+    listener = Listener()
+    listener.bind(f"ipc://{tmp_path}/rpc")
+    door = listener.doors[0]
+    assert not listener.reopen(0)
+    assert listener.doors == [door]
+    listener.close()
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:65536", "tcp://127.0.0.1:", "tcp://127.0.0.1:x"])
+def test_what_is_no_port_is_refused(endpoint: str) -> None:
+    listener = Listener()
+    with pytest.raises(WireError, match=r"cannot listen on .*: Invalid argument"):
+        listener.bind(endpoint)
+    listener.close()
+
+
+def _receive(listener: Listener, send: Callable[[], int]) -> Received:
+    """The next message; ``send`` is repeated, since what is sent while a connection ends is lost."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(PeerSilent):
+            send()
+        listener.doors[0].poll(10)
+        received = listener.receive(0)
+        if received is not None:
+            return received
+    raise AssertionError("nothing arrived")

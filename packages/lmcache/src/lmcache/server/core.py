@@ -16,6 +16,7 @@ from lmcache.metrics import Counters
 from lmcache.server.addresses import LocalAddresses
 from lmcache.server.dispatch import Dispatcher
 from lmcache.server.growth import Growth
+from lmcache.server.scale import WEIGH_S, Scale
 from lmcache.server.sessions import Instance, Sessions
 from lmcache.server.supervisor import Supervisor
 from lmcache.server.tiering import Tiering
@@ -88,6 +89,8 @@ class Core:
         self._stop_at: float | None = None  # when a stop waits no longer for the tiers
         self._sweep_at: float | None = None
         self._check_at: float | None = None
+        self._weigh_at: float | None = None
+        self._scale = Scale()
         self._complained_at = -_COMPLAINT_S
         self.fault: str | None = None
         """Why this core is not healthy, None while it is."""
@@ -100,6 +103,7 @@ class Core:
         poller.watch(self._ends.door.fileno())
         poller.watch(self._ends.wake.fileno())
         self._watch_service()
+        self._weigh_at = self._clock.now()
         while not self._is_over():
             self.turn()
 
@@ -126,6 +130,7 @@ class Core:
         deadlines = (
             self._sweep_at,
             self._check_at,
+            self._weigh_at,
             self._stop_at,
             self._supervisor.restart_at,
             self._sessions.next_deadline(),
@@ -145,9 +150,26 @@ class Core:
         self._sweep_at = now + min(waits) if waits else None
         for peer, reply in self._tiering.due():
             self._send(peer, reply)
+        if self._weigh_at is not None and self._weigh_at <= now:
+            self._weigh_at = now + WEIGH_S
+            if self._scale.is_heavy(self._cache.usage().num_entries):
+                self._end_strangers()
         if self._check_at is not None and self._check_at <= now:
             self._check_at = None
             self._check()
+
+    def _end_strangers(self) -> None:
+        """zmq keeps messages that have no end, and halves of frames, without a limit. Nobody sees from whom; attached
+        processes do not come by tcp, so those connections can all end."""
+        for number, door in enumerate(self._ends.listener.doors):
+            if self._ends.listener.reopen(number):
+                self._ends.poller.forget_socket(door)
+                del self._door_numbers[id(door)]
+                renewed = self._ends.listener.doors[number]
+                self._ends.poller.watch_socket(renewed)
+                self._door_numbers[id(renewed)] = number
+                self._counters.reopened_doors += 1
+        log.warning("ended all tcp connections: what they had sent of messages without an end filled memory")
 
     def _check(self) -> None:
         """The books, looked through when there is nothing else to do; not those that would hold the loop for long."""

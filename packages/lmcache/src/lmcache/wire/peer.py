@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import time
 from collections import deque
 
@@ -17,6 +20,7 @@ IN_FLIGHT_MAX = 1024
 
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
 _HANDSHAKE_MS = 5_000
+_BACKLOG = 512
 _RECONNECT_MS, _RECONNECT_MAX_MS = 50, 500
 
 
@@ -178,20 +182,51 @@ class Received(msgspec.Struct, frozen=True, gc=False):
 
 
 class Listener:
-    """The server's end: one ROUTER socket ("door") per endpoint, so that one door's flood does not starve another's."""
+    """The server's end: one ROUTER socket ("door") per endpoint, so that one door's flood does not starve another's.
+
+    The port of a tcp door is a socket of ours that zmq only accepts from, so that the door can be made anew without
+    losing it.
+    """
 
     def __init__(self) -> None:
         self._context = zmq.Context()
         self.doors: list[zmq.Socket[bytes]] = []
-        self._is_tcp: list[bool] = []
+        self._ports: list[socket.socket | None] = []
 
     def bind(self, endpoint: str) -> str:
         """Open a door; returns its endpoint with the port that was taken.
 
         Raises:
             AddressInUse: the endpoint is taken.
-        WireError: it is not ours to take, or no endpoint.
+            WireError: it is not ours to take, or no endpoint.
         """
+        port: socket.socket | None = None
+        try:
+            if endpoint.startswith("tcp:"):
+                port = _listen(endpoint)
+            door = self._open(endpoint, port)
+        except OSError as error:  # zmq's errors are, too
+            if port is not None:
+                port.close()
+            kind = AddressInUse if error.errno == errno.EADDRINUSE else WireError
+            raise kind(f"cannot listen on {endpoint}: {error.strerror or error}") from None
+        self.doors.append(door)
+        self._ports.append(port)
+        return door.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def reopen(self, door: int) -> bool:
+        """Put another socket in a tcp door's place, on the same port. All its connections end, and what they had sent
+        of messages that are not complete is freed. False where it is no tcp door.
+        """
+        port = self._ports[door]
+        if port is None:
+            return False
+        old = self.doors[door]
+        self.doors[door] = self._open(old.getsockopt_string(zmq.LAST_ENDPOINT), port)
+        old.close(0)
+        return True
+
+    def _open(self, endpoint: str, port: socket.socket | None) -> zmq.Socket[bytes]:
         door: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.LINGER, 0),
@@ -201,33 +236,31 @@ class Listener:
             (zmq.RCVHWM, 64),
             (zmq.MAXMSGSIZE, FRAME_BYTES_MAX),
             (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS),
-            (zmq.BACKLOG, 512),
+            (zmq.BACKLOG, _BACKLOG),
         ):
             door.setsockopt(option, value)
         # Nobody answers for this domain, so whoever speaks ZMTP 3 may come in. Without it libzmq takes random bytes for
         # ZMTP 1, passes them on as messages, and aborts the process on some (assertion in zmtp_engine.cpp, 4.3.5).
         door.setsockopt(zmq.ZAP_DOMAIN, b"lmcache")
-        if endpoint.startswith("tcp:"):
+        if port is not None:
             _beat(door)
             door.setsockopt(zmq.IPV6, "[" in endpoint)
+            door.setsockopt(zmq.USE_FD, port.dup().detach())  # zmq closes it
         try:
             door.bind(endpoint)
-        except zmq.ZMQError as error:
+        except zmq.ZMQError:
             door.close(0)
-            kind = AddressInUse if error.errno == zmq.EADDRINUSE else WireError
-            raise kind(f"cannot listen on {endpoint}: {zmq.strerror(error.errno or 0)}") from None
-        self.doors.append(door)
-        self._is_tcp.append(endpoint.startswith("tcp:"))
-        return door.getsockopt_string(zmq.LAST_ENDPOINT)
+            raise
+        return door
 
     def receive(self, door: int) -> Received | None:
         """The next message of one door, or None. Never waits."""
-        socket = self.doors[door]
+        source = self.doors[door]
         try:
-            if not self._is_tcp[door]:
-                frames = socket.recv_multipart(zmq.DONTWAIT)
+            if self._ports[door] is None:
+                frames = source.recv_multipart(zmq.DONTWAIT)
                 return Received(Peer(door, frames[0]), frames[1] if len(frames) == 2 else None, None)
-            parts = socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            parts = source.recv_multipart(zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return None
         frame = bytes(parts[1].buffer) if len(parts) == 2 else None
@@ -250,9 +283,32 @@ class Listener:
         for door in self.doors:
             door.close(0)
         self._context.term()
+        for port in self._ports:
+            if port is not None:
+                port.close()
 
 
-def _beat(socket: zmq.Socket[bytes]) -> None:
+def _listen(endpoint: str) -> socket.socket:
+    """A listening socket for an endpoint like "tcp://127.0.0.1:5555" or "tcp://[::1]:*" (a port that is free).
+
+    Raises:
+        OSError: there is no such address here, or it is taken.
+    """
+    host, _, number = endpoint.removeprefix("tcp://").rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    number = "0" if number == "*" else number
+    if not number.isdecimal() or int(number) > 0xFFFF:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    is_dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    port = socket.create_server(
+        (host.strip("[]"), int(number)), family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual
+    )
+    # While a door is made anew two zmq sockets accept from it, and one of them finds nothing.
+    port.setblocking(False)
+    return port
+
+
+def _beat(end: zmq.Socket[bytes]) -> None:
     """A tcp peer that vanished without a word is noticed."""
-    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+    end.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    end.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)

@@ -25,6 +25,10 @@ class Poller:
         """Report ``socket`` when it has a message."""
         self._poller.register(socket, zmq.POLLIN)
 
+    def forget_socket(self, socket: zmq.Socket[bytes]) -> None:
+        """Stop watching ``socket``."""
+        self._poller.unregister(socket)
+
     def watch(self, fd: int) -> None:
         """Report ``fd`` when it is readable or its other end is gone."""
         self._epoll.register(fd, select.EPOLLIN)
