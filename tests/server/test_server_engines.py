@@ -84,6 +84,25 @@ def test_a_stranger_can_neither_release_nor_commit_nor_abort_what_is_anothers(sh
     assert isinstance(owner.call(m.Abort(0, ticket=ticket)), m.Done)
 
 
+def test_a_question_that_nobody_waits_for_leaves_no_lease_though_its_answer_is_never_read(
+    own: Server, engines: Engines
+) -> None:
+    engine, other = engines(own), engines(own)
+    engine.store(["unread"])
+
+    def leased() -> float:
+        other.call(m.Ping(0))
+        return own.metric("l1_memory_leased_bytes")
+
+    unread = engine.client.send(m.Lookup(0, keys=key("unread")))
+    eventually(lambda: leased() > 0)
+    other.call(m.Release(0, question=unread))
+    assert leased() > 0
+    engine.client.send(m.Release(0, question=unread))
+    eventually(lambda: leased() == 0)
+    assert isinstance(engine.call(m.Release(0, question=unread)), m.Done)
+
+
 def test_a_connection_that_is_bound_to_no_process_may_only_ping_and_ask_where_to_attach(shared: Server) -> None:
     with Client(shared.rpc) as client:
         welcome = client.call(m.Hello(0, version=m.WIRE_VERSION), WAIT_S)

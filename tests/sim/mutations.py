@@ -151,7 +151,7 @@ MUTATIONS = (
     Mutation(
         "abandoned lease is kept",
         "lmcache.connectors.session",
-        "                if question.answer is None:\n                    self._release(line, reply.lease, ())\n",
+        "            self._say(question.line, Release(0, question=question.request_id))\n",
         "",
         "the lease of a request that was cancelled stays",
     ),

@@ -14,6 +14,7 @@ import os
 import select
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,6 +83,7 @@ class Link:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._closed = False
+        self._retired: deque[Client] = deque()
         self._told: str | None = None
         self._first_try = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"lmcache link ({name})", daemon=True)
@@ -110,6 +112,15 @@ class Link:
             self._line = None
         self._tell(f"{self._name}: {why}; serving without the cache until the server answers again")
         self._wake()
+
+    def retire(self, line: Line) -> None:
+        """End a former line's conversation, on the link's thread, since it waits for zmq's own threads. The caller must
+        not use ``line.client`` again."""
+        self._retired.append(line.client)
+        if self._thread.is_alive():
+            self._wake()
+        else:
+            self._close_retired()
 
     def close(self) -> None:
         """Detach and stop trying."""
@@ -143,6 +154,7 @@ class Link:
             self._line = line
             self._first_try.set()
             self._watch(line)
+        self._close_retired()
         self._wake_read.close()
         self._wake_write.close()
 
@@ -166,6 +178,12 @@ class Link:
             poller.register(waker, select.POLLIN)
         poller.poll(None if timeout_s is None else timeout_s * 1000)
         self._drain()
+        self._close_retired()
+
+    def _close_retired(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._retired.popleft().close()
 
     def _drain(self) -> None:
         with contextlib.suppress(OSError):

@@ -54,8 +54,8 @@ class Question:
     patience_ends: float  # no promotion is waited for any longer
     ends: float  # the request's budget is used up
     again_at: float | None = None  # when to ask again: chunks are on their way from the tiers
+    request_id: int = 0
     over: bool = False
-    abandoned: bool = False
     answer: Prefix | None = None
 
 
@@ -99,13 +99,17 @@ class SchedulerSession:
         return question.over
 
     def cancel(self, question: Question) -> None:
-        """Nobody waits for this answer any more; a lease that it brought, or will bring, is given back."""
+        """Nobody waits for this answer any more; what it granted, or will grant, is given back."""
         if question.answer is not None:
             self.release(question.answer)
         elif question.again_at is not None:
             self._promoting.pop(question, None)
             self._release(question.line, question.request.promotion, ())
-        question.over, question.abandoned, question.answer = True, True, None
+        elif not question.over:
+            self._asked.pop(question.request_id, None)
+            question.line.client.forget(question.request_id)
+            self._say(question.line, Release(0, question=question.request_id))
+        question.over, question.answer = True, None
 
     def release(self, prefix: Prefix, failed: Sequence[int] = ()) -> None:
         """End the lease; ``failed`` are its chunks (counted from its first) whose bytes were not what was stored."""
@@ -126,7 +130,7 @@ class SchedulerSession:
                     self._drop(line, f"the server refused a lookup: {reply.message}")
                     return
             elif isinstance(reply, Found):
-                question.answer = None if question.abandoned else _read(reply, question, self._now())
+                question.answer = _read(reply, question, self._now())
                 question.over = True
                 if question.answer is None:
                     self._release(line, reply.lease, ())
@@ -135,9 +139,6 @@ class SchedulerSession:
         self._ask_again()
 
     def _wait_for(self, question: Question, reply: Promoting) -> None:
-        if question.abandoned:
-            self._release(question.line, reply.promotion, ())
-            return
         question.request = msgspec.structs.replace(question.request, promotion=reply.promotion)
         question.again_at = self._now() + reply.retry_ms / 1000
         self._promoting[question] = None
@@ -161,6 +162,7 @@ class SchedulerSession:
         except PeerSilent as error:
             self._drop(question.line, str(error))
             return False
+        question.request_id = request_id
         question.deadline = min(self._now() + LOOKUP_S, question.ends)
         self._asked[request_id] = question
         return True
@@ -184,7 +186,7 @@ class SchedulerSession:
         line = self._link.line
         if line is not self._line:
             if self._line is not None:
-                self._line.client.close()
+                self._link.retire(self._line)
                 for question in (*self._asked.values(), *self._promoting):
                     question.over = True
                 self._asked.clear()
@@ -193,9 +195,14 @@ class SchedulerSession:
         return line
 
     def _release(self, line: Line, lease: int, failed: Sequence[int]) -> None:
-        if lease and self._refresh() is line:
+        if lease:
+            self._say(line, Release(0, lease=lease, failed=array("I", failed).tobytes()))
+
+    def _say(self, line: Line, request: Release) -> None:
+        """Send what needs no answer, if the line still stands."""
+        if self._refresh() is line:
             try:
-                line.client.send(Release(0, lease=lease, failed=array("I", failed).tobytes()))
+                line.client.send(request)
             except PeerSilent as error:
                 self._drop(line, str(error))
 

@@ -191,6 +191,7 @@ class Dispatcher:
         num_keys = count_keys(request.keys)
         demand(0 <= request.first_chunk <= num_keys, "first_chunk is 0 to the number of keys")
         if request.promotion and self._tiering.promotions.is_running(instance.id, request.promotion):
+            instance.remember(request.id, request.promotion)
             return m.Promoting(request.id, request.promotion, self._cache.prefix_chunks(request.keys), RETRY_MS)
         found = self._cache.lookup(instance.id, request.keys, lease=request.lease, first_chunk=request.first_chunk)
         if found.num_chunks < num_keys and request.promote and not request.promotion:
@@ -200,7 +201,10 @@ class Dispatcher:
             if promotion is not None:
                 if found.lease:
                     self._cache.release(instance.id, found.lease)
+                instance.remember(request.id, promotion)
                 return m.Promoting(request.id, promotion, num_held, RETRY_MS)
+        if found.lease:
+            instance.remember(request.id, found.lease)
         counters = self._counters
         if request.counted:
             counters.lookups += 1
@@ -217,6 +221,11 @@ class Dispatcher:
         )
 
     def _release(self, instance: Instance, request: m.Release) -> m.Reply:
+        if request.question:
+            granted = instance.granted.pop(request.question, 0)
+            if not self._tiering.promotions.give_up(instance.id, granted):
+                self._cache.release(instance.id, granted)
+            return m.Done(request.id)
         failed = words("failed", request.failed, "I")
         if self._tiering.promotions.give_up(instance.id, request.lease):
             return m.Done(request.id)

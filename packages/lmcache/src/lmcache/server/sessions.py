@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lmcache.system import Entropy
 from lmcache.wire.door import VISITORS_MAX, Visitor
 from lmcache.wire.messages import TOKEN_BYTES, Attach, Register
-from lmcache.wire.peer import Peer
+from lmcache.wire.peer import IN_FLIGHT_MAX, Peer
 
 _NAME_MAX = 64
 
@@ -26,6 +26,13 @@ class Instance:
     peer: Peer | None = None
     registration: Register | None = None
     layout: bytes = b""  # fingerprint of what was registered
+    granted: dict[int, int] = field(default_factory=dict)  # id of a lookup -> the lease or promotion of its answer
+
+    def remember(self, question: int, granted: int) -> None:
+        """Keep what a lookup was granted, for as long as its answer may be unread."""
+        self.granted[question] = granted
+        if len(self.granted) > IN_FLIGHT_MAX:
+            del self.granted[next(iter(self.granted))]
 
     def __str__(self) -> str:
         return f"instance {self.id} ({self.name}, pid {self.pid})"
@@ -112,6 +119,7 @@ class Sessions:
             return False
         self.forget(peer)
         self.unbind(instance)
+        instance.granted.clear()  # the next connection counts its requests anew
         instance.peer = peer
         self._by_peer[peer] = instance
         return True

@@ -13,7 +13,7 @@ from lmcache.keys import NAMESPACE_PREFIX_BYTES, TENANT_BYTES
 from lmcache.wire.message import Message
 from lmcache.wire.orders import Admit, Admitted, Enlist, Orders, Promoted, Publish, Work, Written
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 NO_EXTENT = (1 << 64) - 1
 """Offset that stands for "none" in a reply."""
@@ -90,10 +90,12 @@ class Lookup(Message, frozen=True, tag="lookup"):
 class Release(Message, frozen=True, tag="release"):
     """Ends a lease, or gives a promotion up.
 
-    ``failed`` names the chunks (little-endian uint32 indices into the lease) whose check failed."""
+    ``failed`` names the chunks (little-endian uint32 indices into the lease) whose check failed. ``question``, instead
+    of ``lease``: the id of a Lookup of this connection whose answer nobody waits for; whatever it granted ends."""
 
-    lease: int
+    lease: int = 0
     failed: bytes = b""
+    question: int = 0
 
 
 class Reserve(Message, frozen=True, tag="reserve"):
