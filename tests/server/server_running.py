@@ -167,7 +167,8 @@ class Engine:
         return self.client.call(request, self.patience_s)
 
     def reserve(self, names: list[object], salt: str = "") -> m.Granted:
-        granted = self.call(m.Reserve(0, keys=b"".join(map(key, names)), tenant=tenant_id(salt)))
+        tenant = tenant_id(salt, self.attachment.reply.tenant_secret)
+        granted = self.call(m.Reserve(0, keys=b"".join(map(key, names)), tenant=tenant))
         assert isinstance(granted, m.Granted)
         return granted
 

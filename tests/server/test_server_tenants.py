@@ -14,7 +14,7 @@ import pytest
 from server_running import EXTENT_BYTES, Engine, Engines, Server, eventually, key
 
 from lmcache.errors import PeerRefused
-from lmcache.keys import extend, namespace, pack_tokens, request_namespace
+from lmcache.keys import TENANT_SECRET_BYTES, extend, namespace, pack_tokens, request_namespace
 from lmcache.server.tenants import LIMITS_MAX, NAMESPACES_MAX, Known, Tenants, TooMany
 from lmcache.wire import messages as m
 from lmcache_cli import api
@@ -86,7 +86,7 @@ def test_limits_outlive_the_service_process(own: Server) -> None:
 
 
 def test_the_number_of_limits_and_of_namespaces_is_bounded() -> None:
-    tenants = Tenants()
+    tenants = Tenants(bytes(TENANT_SECRET_BYTES))
     for index in range(LIMITS_MAX):
         assert tenants.limit(str(index), 1.0) is False
     with pytest.raises(TooMany):

@@ -7,7 +7,7 @@ from typing import Any
 from lmcache.cache.base import PAGE_BYTES
 from lmcache.cascade.guard import Guarded
 from lmcache.cascade.run import Cascade
-from lmcache.keys import checksum_seed, tenant_id
+from lmcache.keys import checksum_seed
 from lmcache.transfer import _native
 
 from .disk import Disk
@@ -98,7 +98,7 @@ class Watch:
     def _check_quotas(self) -> None:
         quotas = self._core.cache.quotas
         for salt in self._salts:
-            tenant = tenant_id(salt)
+            tenant = self._core.tenants.id_of(salt)
             used, limit = quotas.used_bytes(tenant), quotas.limit_of(tenant)
             before = self._used.get(salt, 0)
             if limit is not None:

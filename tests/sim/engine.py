@@ -10,7 +10,6 @@ from hashlib import sha256
 from lmcache.connectors.copier import CopyWorker, LoadJob, Outcome, StoreJob
 from lmcache.connectors.link import Link
 from lmcache.connectors.session import BUDGET_S, Prefix, Question, SchedulerSession
-from lmcache.keys import TENANT_BYTES, tenant_id
 
 from .kernel import Kernel, Process, Violation
 from .oracle import Oracle
@@ -252,9 +251,7 @@ class Engine:
         if request.loaded == len(keys) or self.kernel.chance(0.05):
             return
         self._next_job += 1
-        tenant = tenant_id(request.prompt.salt)
-        assert len(tenant) == TENANT_BYTES
-        job = StoreJob(self._next_job, b"".join(keys), tuple(request.blocks), tenant, keys[0][:16])
+        job = StoreJob(self._next_job, b"".join(keys), tuple(request.blocks), request.prompt.salt, keys[0][:16])
         for worker in self.workers:
             await self._tell(worker, lambda copier: copier.store(job))
         if self.kernel.chance(0.1):

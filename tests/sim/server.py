@@ -30,6 +30,7 @@ from .network import Network, Socket, Unix
 from .standins import Knocking
 
 ATTACH_PATH = "/run/sim.sock"
+TENANT_SECRET = bytes(range(32))
 RPC, LOCAL = "tcp://localhost:5555", f"ipc://{ATTACH_PATH}.rpc"
 ROOT = "/dev/shm/lmcache-1000"
 INSTANCE = "5555"
@@ -213,7 +214,7 @@ class CoreProcess(Process):
         )
         self.sessions = Sessions(self.entropy)
         self.supervisor = _Supervisor(self)
-        self.tenants = Tenants()
+        self.tenants = Tenants(TENANT_SECRET)
         self.tiering = Tiering(self.cache, self.sessions, Promotions(self, self.entropy), self)
         self.server_id = self.entropy.token(16)
         welcome = m.Welcome(0, self.server_id, m.WIRE_VERSION, "sim", CHUNK_TOKENS, ATTACH_PATH)
@@ -282,6 +283,7 @@ class CoreProcess(Process):
             pool_bytes=pool.total_bytes,
             ready_bytes=pool.ready_bytes,
             chunk_tokens=CHUNK_TOKENS,
+            tenant_secret=TENANT_SECRET,
         )
 
     # --- as the kernel sees it

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache.cache.base import Limits
-from lmcache.keys import tenant_id
 from lmcache.wire.messages import PROMOTION_PATIENCE_S
 
 from .chaos import Chaos
@@ -212,7 +211,7 @@ class World:
             self.kernel.after(0.2, "server starts", self.start_core)
             return
         for salt, limit in self.limits.items():
-            self.core.cache.quotas.set_limit(tenant_id(salt), limit)
+            self.core.cache.quotas.set_limit(self.core.tenants.id_of(salt), limit)
         self.watch = Watch(self.core, self.oracle, self.salts)
         self.watch.after_turn()
 

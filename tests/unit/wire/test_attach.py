@@ -21,7 +21,14 @@ from lmcache.wire.door import Door, Visitor, default_path
 WAIT_S = 10.0
 ASK = m.Attach(version=m.WIRE_VERSION, pid=1, name="test", want_pool=True)
 GIVEN = m.Attached(
-    server=b"s" * 16, instance=3, token=b"t" * 16, endpoint="ipc://x", pool_bytes=8, ready_bytes=8, chunk_tokens=256
+    server=b"s" * 16,
+    instance=3,
+    token=b"t" * 16,
+    endpoint="ipc://x",
+    pool_bytes=8,
+    ready_bytes=8,
+    chunk_tokens=256,
+    tenant_secret=b"k" * 32,
 )
 
 

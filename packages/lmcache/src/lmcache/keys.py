@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 KEY_BYTES = 32
 TENANT_BYTES = 16
+TENANT_SECRET_BYTES = 32
 NAMESPACE_PREFIX_BYTES = 16
 """Leading bytes of a request's namespace that stand beside its chunks: for accounts and people, never for identity."""
 
@@ -80,14 +81,15 @@ def request_namespace(engine: bytes, salt: str, fields: Mapping[str, Value], chu
     return namespace({**fields, "base": engine, "salt": salt, "chunk_tokens": chunk_tokens})
 
 
-def tenant_id(salt: str) -> bytes:
-    """What stands for a tenant wherever its chunks are: never the salt itself, which may be meant to stay secret.
+def tenant_id(salt: str, secret: bytes) -> bytes:
+    """What stands for a tenant wherever its chunks are: BLAKE2b of the salt, keyed by the server's ``secret``, so that
+    nobody who finds it in a tier can try which salt it is.
 
     All zeros for the empty salt.
     """
-    return (
-        hashlib.sha256(b"lmcache tenant 1\0" + salt.encode()).digest()[:TENANT_BYTES] if salt else bytes(TENANT_BYTES)
-    )
+    if not salt:
+        return bytes(TENANT_BYTES)
+    return hashlib.blake2b(salt.encode(), digest_size=TENANT_BYTES, key=secret, person=b"lmcache tenant").digest()
 
 
 def pack_tokens(tokens: Iterable[int]) -> bytes:

@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from lmcache.errors import ConfigError
+
 
 class Clock(Protocol):
     """Monotonic seconds; only differences mean anything."""
@@ -248,6 +250,33 @@ class SystemFiles:
 
 _MPOL_DEFAULT, _MPOL_INTERLEAVE = 0, 3
 _SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}  # number of the system call; glibc has no wrapper
+
+
+def read_private(path: str, named: str, bytes_max: int) -> bytes:
+    """The content of a file that holds a secret; ``named`` begins the sentences about it.
+
+    Raises:
+        ConfigError: it is no plain file or too long, or others than its owner can use it, or its owner is neither this
+            user nor root.
+        OSError, ValueError: it cannot be opened or read.
+    """
+    # Not blocking: a pipe without a writer is refused below instead of waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{named} is no plain file")
+        if found.st_mode & 0o077:
+            raise ConfigError(f"{named} can be used by others than its owner: chmod 600 {path}")
+        if found.st_uid not in (os.geteuid(), 0):
+            raise ConfigError(f"{named} belongs to another user")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(bytes_max + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > bytes_max:
+        raise ConfigError(f"{named} is longer than {bytes_max >> 10} KiB")
+    return content
 
 
 @functools.cache

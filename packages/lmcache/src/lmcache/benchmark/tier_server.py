@@ -111,7 +111,10 @@ class PrivateServer:
         command += self._words
         with open(self._log_path, "wb") as log:
             # A ctrl-C in the terminal is ours to handle, so it gets a process group of its own.
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
+            environment = _environment(self._folder.name)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
+            )
         deadline = time.monotonic() + START_S
         while not self._is_healthy():
             if self._process.poll() is not None:
@@ -240,9 +243,11 @@ class PrivateServer:
         return _STAMP.sub("", last).removeprefix("lmcache server: ")
 
 
-def _environment() -> dict[str, str]:
-    """Ours, but for tokens that a server would ask its clients for: this one has no client but us."""
-    return {name: value for name, value in os.environ.items() if not _SERVER_TOKEN.fullmatch(name)}
+def _environment(folder: str) -> dict[str, str]:
+    """Ours, but for tokens that a server would ask its clients for: this one has no client but us. What it keeps goes
+    into ``folder``."""
+    ours = {name: value for name, value in os.environ.items() if not _SERVER_TOKEN.fullmatch(name)}
+    return {**ours, "XDG_STATE_HOME": folder}
 
 
 def _free_ports() -> tuple[int, int]:

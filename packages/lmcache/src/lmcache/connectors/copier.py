@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from lmcache.connectors.link import Line, Link
 from lmcache.errors import PeerRefused, PeerSilent, WireError
-from lmcache.keys import KEY_BYTES, checksum_seed
+from lmcache.keys import KEY_BYTES, checksum_seed, tenant_id
 from lmcache.transfer.plan import CopyEngine, Plan
 from lmcache.wire.messages import (
     GRANTED,
@@ -63,12 +63,12 @@ LOAD_THREADS = min(2, os.cpu_count() or 1)
 @dataclass(frozen=True, slots=True)
 class StoreJob:
     """Store chunks: ``keys`` concatenated, ``blocks`` the engine's block ids, [num_chunks, blocks_per_chunk]
-    row-major. ``tenant`` and ``namespace``: whose they are (``wire.messages.Reserve``)."""
+    row-major. ``salt`` and ``namespace`` (its leading bytes): whose they are."""
 
     id: int
     keys: bytes
     blocks: tuple[int, ...]
-    tenant: bytes
+    salt: str
     namespace: bytes
 
 
@@ -259,7 +259,8 @@ class CopyWorker:
 
     def _store_part(self, line: Line, job: StoreJob, keys: bytes, blocks: tuple[int, ...], per_chunk: int) -> bool:
         """Store some chunks; False when the rest of the job is pointless."""
-        granted = self._reserve(line, Reserve(0, keys=keys, tenant=job.tenant, namespace=job.namespace))
+        tenant = tenant_id(job.salt, line.tenant_secret)
+        granted = self._reserve(line, Reserve(0, keys=keys, tenant=tenant, namespace=job.namespace))
         if granted is None:
             return False
         chosen = [index for index, state in enumerate(granted.states) if state == GRANTED]

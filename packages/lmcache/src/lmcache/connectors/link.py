@@ -60,6 +60,7 @@ class Line:
         self.server: bytes = attachment.reply.server
         self.chunk_tokens: int = attachment.reply.chunk_tokens
         self.ready_bytes: int = attachment.reply.ready_bytes
+        self.tenant_secret: bytes = attachment.reply.tenant_secret
 
 
 class Link:

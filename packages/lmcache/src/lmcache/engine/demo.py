@@ -195,7 +195,7 @@ def _running(folder: Path, words: list[str], port: str, path: str, signals: Sign
     with log.open("ab") as sink:
         # A group of its own: Ctrl-C reaches us alone, and we stop the rest in order.
         # torch leaves a folder of its own where temporary files go: it goes with ours.
-        environment = {**os.environ, "TMPDIR": str(folder)}
+        environment = {**os.environ, "TMPDIR": str(folder), "XDG_STATE_HOME": str(folder)}
         process = subprocess.Popen(_command(words), stdout=sink, stderr=sink, env=environment, process_group=0)
     try:
         signals.release()

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
-import stat
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from lmcache.errors import ConfigError
+from lmcache.system import read_private
 
 FILE_BYTES_MAX = 64 << 10
 TOKENS_MAX = 64
@@ -100,25 +99,9 @@ def open_private(path: str, option: str, bytes_max: int = FILE_BYTES_MAX) -> byt
         is neither this user nor root.
     """
     try:
-        # Not blocking: a pipe without a writer is refused below instead of waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise ConfigError(f"{option} {path} is no plain file")
-            if found.st_mode & 0o077:
-                raise ConfigError(f"{option} {path} can be used by others than its owner: chmod 600 {path}")
-            if found.st_uid not in (os.geteuid(), 0):
-                raise ConfigError(f"{option} {path} belongs to another user")
-            with open(descriptor, "rb", closefd=False) as file:
-                content = file.read(bytes_max + 1)
-        finally:
-            os.close(descriptor)
+        return read_private(path, f"{option} {path}", bytes_max)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{option}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if len(content) > bytes_max:
-        raise ConfigError(f"{option} {path} is longer than {bytes_max >> 10} KiB")
-    return content
 
 
 def _from_file(path: str) -> list[Token]:

@@ -19,7 +19,6 @@ from lmcache.cache.records import Records
 from lmcache.cache.store import Cache
 from lmcache.config import GB, ServerConfig
 from lmcache.errors import ConfigError, PoolBusy, WireError
-from lmcache.keys import tenant_id
 from lmcache.metrics import Counters
 from lmcache.server import report
 from lmcache.server.core import Core, Ends
@@ -30,6 +29,7 @@ from lmcache.server.ports import PortInUse
 from lmcache.server.promotions import Promotions
 from lmcache.server.sessions import Instance, Sessions
 from lmcache.server.supervisor import Supervisor
+from lmcache.server.tenant_secret import tenant_secret
 from lmcache.server.tenants import Tenants
 from lmcache.server.tiering import Tiering
 from lmcache.system import SystemClock, SystemEntropy, SystemFiles
@@ -104,6 +104,7 @@ def _core(
     clock: SystemClock,
 ) -> Core:
     config = plan.config
+    secret = tenant_secret(state_folder(config.instance), SystemEntropy())
     server_id = SystemEntropy().token(SERVER_ID_BYTES)
     started_at = clock.now()
     welcome = m.Welcome(0, server_id, m.WIRE_VERSION, __version__, config.chunk_tokens, plan.attach_path)
@@ -117,6 +118,7 @@ def _core(
             pool_bytes=cache.pool.total_bytes,
             ready_bytes=cache.pool.ready_bytes,
             chunk_tokens=config.chunk_tokens,
+            tenant_secret=secret,
         )
 
     def snapshot() -> bytes:
@@ -126,10 +128,10 @@ def _core(
         counters.abandoned_promotions = tiering.promotions.num_abandoned
         return report.document(cache.usage(), counters, engines, frame, core.fault or cache.pool.damage())
 
-    tenants = Tenants()
+    tenants = Tenants(secret)
     for salt, limit_gb in LimitsFile(state_folder(config.instance)).load().items():
         tenants.limit(salt, limit_gb)
-        cache.quotas.set_limit(tenant_id(salt), int(limit_gb * GB))
+        cache.quotas.set_limit(tenants.id_of(salt), int(limit_gb * GB))
     tiering = Tiering(cache, sessions, Promotions(clock, SystemEntropy()), clock)
     dispatcher = Dispatcher(cache, sessions, tiering, tenants, counters, welcome, snapshot, log.info)
     core = Core(ends, cache, sessions, dispatcher, tiering, counters, supervisor, growth, clock, attached)

@@ -14,7 +14,7 @@ from lmcache.cache.origins import LAYOUT_BYTES
 from lmcache.cache.store import Cache
 from lmcache.config import GB
 from lmcache.errors import LayoutError
-from lmcache.keys import KEY_BYTES, NAMESPACE_PREFIX_BYTES, TENANT_BYTES, tenant_id
+from lmcache.keys import KEY_BYTES, NAMESPACE_PREFIX_BYTES, TENANT_BYTES
 from lmcache.metrics import Counters
 from lmcache.server.refusal import Refusal, count_keys, demand, words
 from lmcache.server.sessions import Instance, Sessions
@@ -182,7 +182,7 @@ class Dispatcher:
         except TooMany as error:
             raise Refusal(m.REFUSED_BUSY, str(error)) from None
         limit_bytes = None if request.limit_gb is None else int(request.limit_gb * GB)
-        self._cache.quotas.set_limit(tenant_id(request.salt), limit_bytes)
+        self._cache.quotas.set_limit(self._tenants.id_of(request.salt), limit_bytes)
         return m.Limited(request.id, existed)
 
     # --- verbs of the cache

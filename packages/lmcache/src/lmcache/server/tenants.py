@@ -38,10 +38,16 @@ class TooMany(Exception):
 class Tenants:
     """Limits by salt, and namespaces in the order of their last registration."""
 
-    def __init__(self) -> None:
+    def __init__(self, secret: bytes) -> None:
+        """``secret`` is the key of ``keys.tenant_id``."""
+        self._secret = secret
         self._limits_gb: dict[str, float] = {}
         self._salts_bytes = 0
         self._known: OrderedDict[Known, None] = OrderedDict()
+
+    def id_of(self, salt: str) -> bytes:
+        """What stands for a tenant in books, records and objects."""
+        return tenant_id(salt, self._secret)
 
     def limit(self, salt: str, limit_gb: float | None) -> bool:
         """Set a limit, or remove it (None); returns whether there was one.
@@ -75,16 +81,19 @@ class Tenants:
             del self._known[known]
 
     def document(self, used_bytes: Callable[[bytes], int], asked: str | None = None) -> bytes:
-        """JSON: {"limits_gb": {salt: number}, "used_bytes": {salt: bytes of L1}, "known": [Known, newest first]}.
+        """JSON: {"limits_gb": {salt: number}, "used_bytes": {salt: bytes of L1}, "ids": {salt: hex of ``id_of``},
+        "known": [Known, newest first]}.
 
         Args:
             used_bytes: of a tenant, by ``keys.tenant_id``.
             asked: a salt whose bytes are told whether it has a limit or not.
         """
         salts = {*self._limits_gb, *(() if asked is None else (asked,))}
-        used = {salt: used_bytes(tenant_id(salt)) for salt in salts}
+        ids = {salt: self.id_of(salt) for salt in salts}
+        used = {salt: used_bytes(tenant) for salt, tenant in ids.items()}
+        hexed = {salt: tenant.hex() for salt, tenant in ids.items()}
         known = [asdict(item) for item in reversed(self._known)]
-        return _encode({"limits_gb": self._limits_gb, "used_bytes": used, "known": known})
+        return _encode({"limits_gb": self._limits_gb, "used_bytes": used, "ids": hexed, "known": known})
 
 
 def _encode(value: object) -> bytes:

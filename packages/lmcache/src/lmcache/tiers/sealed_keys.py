@@ -7,11 +7,11 @@ import binascii
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lmcache.errors import ConfigError
+from lmcache.system import read_private
 from lmcache.tiers.options import Options
 
 KEY_BYTES, KEY_ID_BYTES = 32, 4
@@ -87,22 +87,9 @@ def _secret(text: str) -> bytes | None:
 def _private_text(options: Options, path: str) -> str:
     """The content of a file that only its owner, who is this user or root, can use."""
     try:
-        # Not blocking: a pipe without a writer is refused below instead of waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            about = os.fstat(descriptor)
-            if not stat.S_ISREG(about.st_mode):
-                raise options.error(f"key_file {path!r} is no plain file")
-            if about.st_mode & 0o077:
-                raise options.error(f"key_file {path!r} can be used by others than its owner: chmod 600 it")
-            if about.st_uid not in (os.geteuid(), 0):
-                raise options.error(f"key_file {path!r} belongs to another user")
-            content = file.read(FILE_BYTES_MAX + 1)
-        if len(content) > FILE_BYTES_MAX:
-            raise options.error(f"key_file {path!r} is longer than {FILE_BYTES_MAX >> 10} KiB")
-        return content.decode("ascii")
-    except ConfigError:
-        raise
+        return read_private(path, f"key_file {path!r}", FILE_BYTES_MAX).decode("ascii")
+    except ConfigError as error:
+        raise options.error(str(error)) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise options.error(f"key_file {path!r} cannot be read: {reason}") from None

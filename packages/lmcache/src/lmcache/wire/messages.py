@@ -102,7 +102,7 @@ class Reserve(Message, frozen=True, tag="reserve"):
     """Asks for an extent of this worker's size for each chunk that is not held yet."""
 
     keys: bytes
-    tenant: bytes = bytes(TENANT_BYTES)  # keys.tenant_id of the request's salt: whose quota the chunks count against
+    tenant: bytes = bytes(TENANT_BYTES)  # keys.tenant_id of the salt: whose quota the chunks count against
     namespace: bytes = bytes(NAMESPACE_PREFIX_BYTES)  # leading bytes of the request's namespace
 
 
@@ -333,6 +333,7 @@ class Attached(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="
     pool_bytes: int
     ready_bytes: int
     chunk_tokens: int
+    tenant_secret: bytes  # TENANT_SECRET_BYTES, for keys.tenant_id
 
 
 class AttachRefused(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="attach_refused"):

@@ -27,7 +27,7 @@ from lmcache.connectors.transformers.caches import (
 from lmcache.connectors.transformers.identity import engine_fields
 from lmcache.connectors.transformers.windows import Windows
 from lmcache.errors import ConfigError, LayoutError
-from lmcache.keys import NAMESPACE_PREFIX_BYTES, extend, namespace, request_namespace, tenant_id
+from lmcache.keys import NAMESPACE_PREFIX_BYTES, extend, namespace, request_namespace
 from lmcache.transfer._native import pack_tokens
 from lmcache.wire.messages import KEYS_MAX, KernelGroup, Register
 
@@ -182,7 +182,7 @@ class KVCacheSession:
             self._new_job(memory),
             b"".join(keys),
             self._blocks(memory, num_chunks * chunk),
-            tenant_id(salt),
+            salt,
             parent[:NAMESPACE_PREFIX_BYTES],
         )
         self._copier.store(job)

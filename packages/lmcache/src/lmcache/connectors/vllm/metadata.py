@@ -16,7 +16,7 @@ class Store:
     request_id: str
     keys: bytes
     blocks: tuple[int, ...]
-    tenant: bytes
+    salt: str
     namespace: bytes
 
 

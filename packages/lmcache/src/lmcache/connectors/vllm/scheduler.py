@@ -234,7 +234,7 @@ class SchedulerHalf:
         # (evicted first, it would leave the rest unreachable), and what was lost meanwhile is stored again.
         blocks = tuple(tracker.blocks[: stop * per_chunk])
         linked = b"".join(keys[:stop])
-        self._next.stores.append(Store(job, tracker.request.request_id, linked, blocks, chain.tenant, chain.namespace))
+        self._next.stores.append(Store(job, tracker.request.request_id, linked, blocks, chain.salt, chain.namespace))
 
     def _preempted(self, request_id: str) -> None:
         """vLLM has taken the blocks back: copies that still run may read what is no longer theirs."""

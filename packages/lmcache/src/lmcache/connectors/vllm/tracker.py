@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lmcache.connectors.session import Prefix, Question
 from lmcache.connectors.vllm.identity import request_extras, request_fields
-from lmcache.keys import NAMESPACE_PREFIX_BYTES, extend, request_namespace, tenant_id
+from lmcache.keys import NAMESPACE_PREFIX_BYTES, extend, request_namespace
 from lmcache.transfer._native import pack_tokens
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class KeyChain:
         self.chunk_tokens = chunk_tokens
         salt, fields = request.cache_salt or "", request_fields(request)
         self._parent = request_namespace(engine_namespace, salt, fields, chunk_tokens)
-        self.tenant = tenant_id(salt)
+        self.salt = salt
         self.namespace = self._parent[:NAMESPACE_PREFIX_BYTES]
         self._plain = not (request.mm_features or request.lora_request or request.prompt_embeds is not None)
         self._feature = 0

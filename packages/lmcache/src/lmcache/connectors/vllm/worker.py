@@ -67,7 +67,7 @@ class WorkerHalf:
             if self._copier is None or not self._writes:
                 self._ended.append(Outcome(store.job, is_load=False))
             else:
-                self._copier.store(StoreJob(store.job, store.keys, store.blocks, store.tenant, store.namespace))
+                self._copier.store(StoreJob(store.job, store.keys, store.blocks, store.salt, store.namespace))
         self._closing.update(step.closing)
 
     def collect(self) -> StepResults:

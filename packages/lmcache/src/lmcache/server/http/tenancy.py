@@ -14,7 +14,6 @@ from starlette.convertors import Convertor, register_url_convertor
 
 from lmcache.config import GB
 from lmcache.errors import ConfigError
-from lmcache.keys import tenant_id
 from lmcache.server.http.replies import Rejected, ask, read_body, read_object, reply
 from lmcache.server.limits_file import LimitsFile
 from lmcache.server.link import CoreLink
@@ -141,7 +140,7 @@ async def _tier_bytes(cascade: Cascade | None) -> dict[str, dict[bytes, int]]:
 def _usage(salt: str, document: dict[str, Any], tiers: dict[str, dict[bytes, int]]) -> tuple[float, dict[str, float]]:
     """GB of L1, and of L1 and each tier."""
     l1_gb = document["used_bytes"][salt] / GB
-    tenant = tenant_id(salt)
+    tenant = bytes.fromhex(document["ids"][salt])
     return l1_gb, {"l1": l1_gb, **{name: used.get(tenant, 0) / GB for name, used in tiers.items()}}
 
 
