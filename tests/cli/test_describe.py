@@ -120,6 +120,25 @@ def test_an_adapter_with_bytes_instead_of_slots_shows_them(describe: Run) -> Non
     assert (adapter["health"], adapter["pool_used"]) == (None, None)
 
 
+def test_quarantined_chunks_are_shown_where_there_are_any(describe: Run) -> None:
+    spoiled = {"key": "00ff" * 4, "namespace": "ab" * 8, "rank": None, "found_at": "promotion", "tier": "disk"}
+    named = [{**spoiled, "age_s": 12.4}, {"key": "11" * 8, "rank": 2, "found_at": "use", "tier": "l1", "age_s": 3e6}]
+    document = {**STATUS, "quarantined_count": 7, "quarantined": named}
+    without, shown = (describe(each).out.splitlines()[3:] for each in (STATUS, document))
+    assert shown[: len(without) - 1] == without[:-1]
+    heading, count, first, second, _ = shown[len(without) - 1 :]
+    assert heading.strip("-") == " Quarantined "
+    assert count.split() == ["Taken", "out", "at", "use:", "7"]
+    assert first.split(maxsplit=1) == ["00ff00ff00ff00ff:", "disk, at promotion, 12 s ago"]
+    assert second.split(maxsplit=1) == ["1111111111111111:", "l1, at use, rank 2, 3000000 s ago"]
+    listed = metrics(describe(document, "--format", "json"))
+    assert (listed["quarantined_count"], listed["quarantined"][0]) == (7, {**spoiled, "age_s": 12.4})
+    assert listed["quarantined"][1]["namespace"] is None
+    for none in ({}, {"quarantined_count": 7}, {"quarantined": []}, {"quarantined": "x"}):
+        assert describe({**STATUS, **none}).out.splitlines()[3:] == without
+        assert "quarantined" not in metrics(describe({**STATUS, **none}, "--format", "json"))
+
+
 def test_an_unhealthy_service_is_described_and_fails(describe: Run) -> None:
     ended = describe({**STATUS, "is_healthy": False})
     assert ended.status == 1

@@ -103,7 +103,12 @@ def test_wrong_usage_keeps_the_schema(lmcache: Run, name: str) -> None:
     assert check(name, ended.out)["error"]["code"] == "usage"
 
 
-@pytest.mark.parametrize("status", [FIRST_GENERATION, {"is_healthy": False, "reason": "ill"}, {"storage_manager": {}}])
+SPOILED = {"quarantined_count": 1, "quarantined": [{"key": "00" * 8, "rank": 1, "age_s": 2}, {}]}
+
+
+@pytest.mark.parametrize(
+    "status", [FIRST_GENERATION, {"is_healthy": False, "reason": "ill"}, {"storage_manager": {}}, SPOILED]
+)
 def test_any_servers_status_keeps_the_schema(lmcache: Run, status: Any) -> None:
     with serve({"/status": json_answer(status)}) as server:
         check("describe_kvcache", lmcache("describe", "kvcache", "--url", server.url, "--format", "json").out)

@@ -134,6 +134,12 @@ BAD: list[tuple[str, Any, int]] = [
     ("/v1/completions", {"prompt": "a", "n": 2}, 400),
     ("/v1/completions", {"prompt": "a", "top_p": 0.5}, 400),
     ("/v1/completions", {"prompt": "a", "cache_salt": 1}, 400),
+    ("/v1/completions", {"prompt": "a", "logprobs": 6}, 400),
+    ("/v1/completions", {"prompt": "a", "logprobs": -1}, 400),
+    ("/v1/completions", {"prompt": "a", "logprobs": True}, 400),
+    ("/v1/completions", {"prompt": "a", "logprobs": 1, "top_logprobs": 1}, 400),
+    ("/v1/completions", {"prompt": "a", "prompt_logprobs": 1}, 400),
+    ("/v1/completions", {"prompt": "a", "return_tokens_as_token_ids": 1}, 400),
     ("/v1/completions", {"prompt": "a", "model": "other"}, 404),
     ("/v1/completions", b" " * ((16 << 20) + 1), 413),
     ("/v1/chat/completions", {"prompt": "a"}, 400),
@@ -141,6 +147,13 @@ BAD: list[tuple[str, Any, int]] = [
     ("/v1/chat/completions", {"messages": ["hi"]}, 400),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "logprobs": 1}, 400),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 1}, 400),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 21},
+        400,
+    ),
     ("/tokenize", {"prompt": 1}, 400),
 ]
 

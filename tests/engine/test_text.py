@@ -48,3 +48,15 @@ def test_a_stop_string_cuts_at_its_first_place(text: str, stops: list[str]) -> N
     seen = text[: min(ends)] if ends else text
     starts = [at for stop in stops if (at := seen.find(stop)) >= 0]
     assert "".join(got) == (seen[: min(starts)] if starts else seen)
+
+
+@given(st.text(max_size=40))
+def test_the_letters_before_each_token_are_counted(text: str) -> None:
+    stream = TextStream(decode)
+    tokens = ByteTokenizer().encode(text)
+    for position, token in enumerate(tokens):
+        if decode(tokens[:position]) + decode(tokens[position:]) == decode(tokens):  # no letter is cut here
+            assert stream.num_letters == len(decode(tokens[:position]))
+        stream.push(token)
+    stream.finish()
+    assert stream.num_letters == len(decode(tokens))

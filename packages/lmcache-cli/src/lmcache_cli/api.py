@@ -141,6 +141,18 @@ class Instance:
 
 
 @dataclass(frozen=True)
+class Quarantined:
+    """A chunk that was taken out because its bytes were not what was stored."""
+
+    key: str | None = None  # its first 8 bytes, in hexadecimal; so is the namespace
+    namespace: str | None = None
+    rank: int | None = None  # whose bytes were wrong; None: not told
+    found_at: str | None = None  # "use": an engine loaded it, "promotion": it was read from a tier into L1
+    tier: str | None = None  # "l1", or the name of the tier that had it
+    age_s: float | None = None  # since it was found
+
+
+@dataclass(frozen=True)
 class Status:
     """GET /status."""
 
@@ -154,6 +166,7 @@ class Status:
     attached_processes: int | None = None
     uptime_s: float | None = None
     quarantined_count: int | None = None  # entries taken out because their bytes failed the check at use
+    quarantined: list[Quarantined] = field(default_factory=list)  # the last ones, at use or promotion, newest first
     storage_manager: StorageManager | None = None
     registered_gpu_ids: list[int] = field(default_factory=list)
     cache_context_meta: dict[str, Instance] = field(default_factory=dict)  # by instance id

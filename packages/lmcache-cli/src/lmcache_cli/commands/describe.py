@@ -59,6 +59,7 @@ def status_report(status: api.Status, url: str) -> Report:
         _overview(status, url),
         *(_model(instances) for instances in _by_model(status.cache_context_meta.values())),
         *(_adapter(adapter) for adapter in storage.l2_adapters),
+        *_quarantined(status),
     ]
     return Report(TITLE, WIDTH, sections, list_names=LISTS)
 
@@ -153,6 +154,30 @@ def _adapter(adapter: api.L2Adapter) -> Section:
             Entry("capacity_bytes", None, capacity),
         ]
     return Section(entries, label=f"L2: {adapter.type or 'N/A'}", list_name="l2_adapters")
+
+
+def _quarantined(status: api.Status) -> Iterable[Section]:
+    """How many, and one line for each that is named; nothing where none is."""
+    if not status.quarantined:
+        return
+    yield Section([Entry("quarantined_count", "Taken out at use", status.quarantined_count)], label="Quarantined")
+    for spoiled in status.quarantined:
+        age_s = spoiled.age_s
+        where = [
+            spoiled.tier,
+            spoiled.found_at and f"at {spoiled.found_at}",
+            None if spoiled.rank is None else f"rank {spoiled.rank}",
+            None if age_s is None else f"{age_s:.0f} s ago",
+        ]
+        entries = [
+            Entry("key", spoiled.key or "N/A", spoiled.key, text=", ".join(filter(None, where)) or None),
+            Entry("namespace", None, spoiled.namespace),
+            Entry("rank", None, spoiled.rank),
+            Entry("found_at", None, spoiled.found_at),
+            Entry("tier", None, spoiled.tier),
+            Entry("age_s", None, age_s),
+        ]
+        yield Section(entries, list_name="quarantined")
 
 
 def _health(is_healthy: bool | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
+from lmcache.cache.quarantine import Spoiled
 from lmcache.errors import LMCacheError
 
 Owner = int
@@ -100,6 +101,7 @@ class Usage:
     num_adopted: int
     num_lost: int  # entries that were gone from L1 before the tiers had them
     growth_stopped: str | None  # why the pool stays smaller than asked
+    quarantined: tuple[Spoiled, ...]  # the last of those counted by num_quarantined, the newest first
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from lmcache.cache.base import PAGE_BYTES, Limits, Owner
 from lmcache.cache.evict.base import Policy
 from lmcache.cache.index import Index
+from lmcache.cache.origins import NAMESPACE
+from lmcache.cache.quarantine import Quarantine
 from lmcache.cache.records import Records
 from lmcache.cache.room import Room
 
@@ -25,17 +27,19 @@ class Lease:
 class Leases:
     """All leases, oldest first, and what was quarantined while leased."""
 
-    def __init__(self, room: Room, index: Index, policy: Policy, records: Records, limits: Limits) -> None:
+    def __init__(
+        self, room: Room, index: Index, policy: Policy, records: Records, limits: Limits, quarantine: Quarantine
+    ) -> None:
         self.by_id: dict[int, Lease] = {}
         self.of_owner: dict[Owner, set[int]] = {}
         self.bytes = 0
         self.quarantined: set[int] = set()  # hidden entries whose extents wait for the end of their last lease
-        self.num_quarantined = 0
         self._room = room
         self._index = index
         self._policy = policy
         self._records = records
         self._limits = limits
+        self._quarantine = quarantine
 
     def entry_bytes(self, entry: int) -> int:
         """Pool bytes that an entry takes with all its ranks."""
@@ -93,12 +97,15 @@ class Leases:
             if not 0 <= position < len(entries) or entries[position] in self.quarantined:
                 continue
             entry = entries[position]
-            keys.append(self._index.keys[entry])
+            key = self._index.keys[entry]
+            keys.append(key)
+            origin = self._room.origins.of(self._index.origin[self._index.first_slot(entry)])
+            # A release names chunks, not ranks: with one rank it is that one.
+            self._quarantine.note(key, origin[NAMESPACE], 0 if self._index.world_size[entry] == 1 else None)
             self._policy.remove(entry)
             self._room.unwritten.take(entry)
             self._index.hide(entry)
             for slot in self._index.slots(entry):
                 self._records.clear(slot)
             self.quarantined.add(entry)
-            self.num_quarantined += 1
         return keys

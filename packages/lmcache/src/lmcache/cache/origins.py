@@ -8,6 +8,7 @@ from lmcache.keys import NAMESPACE_PREFIX_BYTES, TENANT_BYTES
 
 LAYOUT_BYTES = 8
 ORIGIN_BYTES = TENANT_BYTES + NAMESPACE_PREFIX_BYTES + LAYOUT_BYTES
+NAMESPACE = slice(TENANT_BYTES, TENANT_BYTES + NAMESPACE_PREFIX_BYTES)
 UNKNOWN = bytes(ORIGIN_BYTES)
 NOBODY = b"\xff" * ORIGIN_BYTES
 """Of an extent that a chunk of a tier will be read into: whose it is, is known when its header has been read."""

@@ -21,6 +21,7 @@ from lmcache.cache.integrity import check
 from lmcache.cache.leases import Lease, Leases
 from lmcache.cache.origins import UNKNOWN, Origins
 from lmcache.cache.pool import Pool
+from lmcache.cache.quarantine import Quarantine
 from lmcache.cache.quotas import Quotas
 from lmcache.cache.records import Records, slots_max
 from lmcache.cache.room import Room
@@ -60,7 +61,8 @@ class Cache:
         self.quotas = Quotas(policy, lambda entry: origins.tenant(index.origin[index.first_slot(entry)]))
         self.policy: Policy = self.quotas
         self._room = Room(pool, self._extents, index, self.quotas, records, origins)
-        self._leases = Leases(self._room, self._index, self.policy, records, limits)
+        self._quarantine = Quarantine(clock)
+        self._leases = Leases(self._room, self._index, self.policy, records, limits, self._quarantine)
         self._claims = Claims(self._room, self._index, records)
         self._wake = 0.0  # nothing can run out before
         self._poll_at = 0.0
@@ -318,7 +320,7 @@ class Cache:
             num_leases=len(leases.by_id),
             num_reservations=len(claims.by_ticket),
             num_slots=index.slots_max,
-            num_quarantined=leases.num_quarantined,
+            num_quarantined=self._quarantine.count,
             num_evicted=self._room.num_evicted,
             num_refused_full=self._granting.num_refused,
             num_unwritten=len(self._room.unwritten),
@@ -328,6 +330,7 @@ class Cache:
             num_expired_reservations=counts["reservations"],
             num_adopted=counts["adopted"],
             growth_stopped=self.pool.growth_stopped,
+            quarantined=self._quarantine.latest(),
         )
 
     def close(self, *, persist: bool) -> None:

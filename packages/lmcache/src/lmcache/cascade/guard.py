@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from lmcache.cache.quarantine import Quarantine
 from lmcache.cascade.gate import Gate, KeyLocks
 from lmcache.errors import TierError
 from lmcache.system import Clock
@@ -66,6 +67,7 @@ class Guarded:
         self.tier = tier
         self.name = name
         self.counts = Counts()
+        self.quarantine = Quarantine(clock)
         self.is_up = False
         self.problem: str | None = "not opened yet"
         self.last_usage = Usage()

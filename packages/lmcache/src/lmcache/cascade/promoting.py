@@ -218,23 +218,34 @@ class Promoter:
         """
         if not await tier.get(key, [first, *extents]):
             return None
+        header: Header | None = None
+        fault: _Fault | None
         try:
             header = decode(first)
         except NoObject as error:
-            reason = str(error)
+            fault = _Fault(str(error))
         else:
             loop = asyncio.get_running_loop()
             try:
-                reason = await loop.run_in_executor(self._verifiers, _verdict, header, key, extents)
+                fault = await loop.run_in_executor(self._verifiers, _verdict, header, key, extents)
             except OSError:  # memory that is gone; which is said below
-                reason = "it was not read"
+                fault = _Fault("it was not read")
             line.demand_whole()
-            if not reason:
-                return header
+        if fault is None:
+            return header
         tier.counts.spoiled += 1
-        log.warning("tier %s: object %s is spoiled and is removed: %s", tier.name, key.hex()[:16], reason)
+        tier.quarantine.note(key, None if header is None else header.namespace, fault.rank)
+        log.warning("tier %s: object %s is spoiled and is removed: %s", tier.name, key.hex()[:16], fault.reason)
         await tier.delete(key)
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """Why an object is not what was stored; ``rank`` whose bytes are wrong, where it is one's."""
+
+    reason: str
+    rank: int | None = None
 
 
 def _leading(places: Sequence[Place | None]) -> list[Place]:
@@ -252,13 +263,13 @@ def _admission(places: Sequence[Place], ranks: int) -> Admit:
     return Admit(0, b"".join(place.key for place in places), ranks, extent_bytes)
 
 
-def _verdict(header: Header, key: bytes, extents: Sequence[memoryview]) -> str:
-    """Why the bytes are not those that were stored under this key; empty where they are. Runs on a thread."""
+def _verdict(header: Header, key: bytes, extents: Sequence[memoryview]) -> _Fault | None:
+    """Why the bytes are not those that were stored under this key; None where they are. Runs on a thread."""
     if header.key != key:
-        return "it is another chunk's"
+        return _Fault("it is another chunk's")
     if len(header.checksums) != len(extents) or padded(header.extent_bytes) != len(extents[0]):
-        return "it has another shape"
+        return _Fault("it has another shape")
     for rank, (extent, expected) in enumerate(zip(extents, header.checksums, strict=True)):
         if _native.checksum(extent[: header.extent_bytes], checksum_seed(key, rank)) != expected:
-            return f"the bytes of rank {rank} do not have their checksum"
-    return ""
+            return _Fault(f"the bytes of rank {rank} do not have their checksum", rank)
+    return None

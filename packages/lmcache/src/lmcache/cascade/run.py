@@ -9,6 +9,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lmcache.cache.quarantine import Spoiled
 from lmcache.cascade.guard import Guarded
 from lmcache.cascade.line import ANSWER_S, CoreLine, open_line
 from lmcache.cascade.promoting import Promoter
@@ -31,7 +32,7 @@ log = logging.getLogger("lmcache.cascade")
 
 @dataclass(frozen=True, slots=True)
 class TierState:
-    """One tier for people and dashboards."""
+    """One tier for people and dashboards; ``quarantined``: its last objects that were not what was stored."""
 
     name: str
     tier: Tier
@@ -39,6 +40,7 @@ class TierState:
     problem: str | None
     usage: Usage
     counters: dict[str, int]
+    quarantined: tuple[Spoiled, ...]
 
 
 class Cascade:
@@ -90,7 +92,15 @@ class Cascade:
         """How each tier stands, uppermost first."""
         usages = await asyncio.gather(*(tier.look() for tier in self._tiers))
         return [
-            TierState(tier.name, tier.tier, tier.is_up, tier.problem or usage.problem, usage, tier.counters())
+            TierState(
+                tier.name,
+                tier.tier,
+                tier.is_up,
+                tier.problem or usage.problem,
+                usage,
+                tier.counters(),
+                tier.quarantine.latest(),
+            )
             for tier, usage in zip(self._tiers, usages, strict=True)
         ]
 

@@ -17,6 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from lmcache.engine import protocol
+from lmcache.engine.logprobs import Score
 from lmcache.engine.models import Served
 from lmcache.engine.protocol import Rejected, Writer
 from lmcache.engine.runner import Event, Failed, Finished, Job, Piece, Runner
@@ -103,7 +104,7 @@ async def _complete(request: Request, served: Served, runner: Runner, max_model_
     wanted = await asyncio.to_thread(protocol.parse_completion, document, served, max_model_len, is_chat)
     if not runner.alive:
         raise Rejected("the engine has stopped computing", 503)
-    writer = Writer(wanted, uuid.uuid4().hex)
+    writer = Writer(wanted, uuid.uuid4().hex, served.tokenizer)
     loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
     def tell(event: Event) -> None:
@@ -120,16 +121,19 @@ async def _complete(request: Request, served: Served, runner: Runner, max_model_
 
 async def _stream(job: Job, events: asyncio.Queue[Event], writer: Writer, with_usage: bool) -> AsyncIterator[bytes]:
     """Server-sent events, each at the moment its text is certain. Closed early when the client is gone."""
+    scores: list[Score] = []
     try:
         first = True
         while not isinstance(event := await events.get(), Finished | Failed):
+            if event.score is not None:
+                scores.append(event.score)
             if event.text:
-                yield _event(writer.piece(event.text, first=first))
-                first = False
+                yield _event(writer.piece(event.text, scores, first=first))
+                first, scores = False, []
         if isinstance(event, Failed):
             yield _event(Rejected(event.message, 500).document)
             return
-        yield _event(writer.piece("", first=first, reason=event.reason))
+        yield _event(writer.piece("", scores, first=first, reason=event.reason))
         if with_usage:
             yield _event(writer.last(writer.usage(event.output_tokens, event.cached_tokens)))
         yield b"data: [DONE]\n\n"
@@ -140,6 +144,7 @@ async def _stream(job: Job, events: asyncio.Queue[Event], writer: Writer, with_u
 async def _whole(request: Request, job: Job, events: asyncio.Queue[Event], writer: Writer) -> Response:
     gone = asyncio.create_task(_gone(request))
     texts: list[str] = []
+    scores: list[Score] = []
     try:
         while True:
             coming = asyncio.create_task(events.get())
@@ -150,11 +155,13 @@ async def _whole(request: Request, job: Job, events: asyncio.Queue[Event], write
             event = coming.result()
             if isinstance(event, Piece):
                 texts.append(event.text)
+                if event.score is not None:
+                    scores.append(event.score)
             elif isinstance(event, Failed):
                 raise Rejected(event.message, 500)
             else:
                 usage = writer.usage(event.output_tokens, event.cached_tokens)
-                return _json(writer.whole(texts, event.reason, usage))
+                return _json(writer.whole(texts, scores, event.reason, usage))
     finally:
         job.cancelled.set()
         gone.cancel()

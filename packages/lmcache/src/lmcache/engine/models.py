@@ -33,6 +33,9 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text; what is no valid or not yet complete character comes as U+FFFD."""
 
+    def spell(self, token_id: int) -> str:
+        """Text of one token alone, special ones too; U+FFFD in it stands for what is no character by itself."""
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation (``role`` and ``content`` each) that the model is to continue."""
 
@@ -60,6 +63,10 @@ class ByteTokenizer:
         """Text; the end-of-sequence token has none."""
         return bytes(token for token in token_ids if token < _EOS).decode("utf-8", "replace")
 
+    def spell(self, token_id: int) -> str:
+        """Text of one token; the end-of-sequence token has none."""
+        return self.decode([token_id])
+
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation."""
         return self.encode(plain_chat(messages))
@@ -78,6 +85,10 @@ class FileTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def spell(self, token_id: int) -> str:
+        """Text of one token."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation by the tokenizer's own template, where it has one."""

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache.engine.models import Served
+from lmcache.engine.logprobs import CHAT_TOP_MAX, COMPLETION_TOP_MAX, Score, chat_block, completion_block
+from lmcache.engine.models import Served, Tokenizer
 from lmcache.engine.runner import Ask
 
 BODY_BYTES_MAX = 16 << 20
@@ -25,8 +26,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
     "prompt_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
@@ -56,13 +55,14 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request as understood."""
+    """A request as understood. ``names_ids``: tokens are named by their ids and not by their text."""
 
     ask: Ask
     model: str
     is_chat: bool
     stream: bool
     with_usage: bool
+    names_ids: bool
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -113,8 +113,16 @@ def parse_completion(document: Mapping[str, Any], served: Served, max_model_len:
         _stops(document),
         _flag(document, "ignore_eos"),
         salt,
+        _num_top(document, is_chat),
     )
-    return Wanted(ask, served.name, is_chat, _flag(document, "stream"), _flag(options, "include_usage"))
+    return Wanted(
+        ask,
+        served.name,
+        is_chat,
+        _flag(document, "stream"),
+        _flag(options, "include_usage"),
+        _flag(document, "return_tokens_as_token_ids"),
+    )
 
 
 def parse_tokenize(document: Mapping[str, Any], served: Served) -> list[int]:
@@ -186,6 +194,22 @@ def _stops(document: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _num_top(document: Mapping[str, Any], is_chat: bool) -> int | None:
+    """Likeliest tokens to tell of beside the chosen one: a number of a completion, a flag and a number of a chat."""
+    if not is_chat:
+        if document.get("top_logprobs"):
+            raise Rejected("top_logprobs is of a chat: a completion names the number in logprobs")
+        if document.get("logprobs") is False:
+            return None
+        return _integer(document, "logprobs", None, 0, COMPLETION_TOP_MAX)
+    num_top = _integer(document, "top_logprobs", 0, 0, CHAT_TOP_MAX)
+    if _flag(document, "logprobs"):
+        return num_top
+    if num_top:
+        raise Rejected("top_logprobs needs logprobs to be true")
+    return None
+
+
 def _flag(document: Mapping[str, Any], name: str) -> bool:
     value = document.get(name)
     if value is not None and not isinstance(value, bool):
@@ -217,10 +241,11 @@ def _short(value: object) -> str:
 
 
 class Writer:
-    """The documents that answer one request."""
+    """The documents that answer one request; ``tokenizer`` names its tokens."""
 
-    def __init__(self, wanted: Wanted, request_id: str) -> None:
+    def __init__(self, wanted: Wanted, request_id: str, tokenizer: Tokenizer) -> None:
         self._wanted = wanted
+        self._tokenizer = tokenizer
         kind = "chat.completion" if wanted.is_chat else "text_completion"
         prefix = "chatcmpl" if wanted.is_chat else "cmpl"
         streamed = ".chunk" if wanted.is_chat and wanted.stream else ""
@@ -231,9 +256,11 @@ class Writer:
             "model": wanted.model,
         }
 
-    def piece(self, text: str, *, first: bool = False, reason: str | None = None) -> dict[str, Any]:
-        """One event of a stream."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
+    def piece(
+        self, text: str, scores: Sequence[Score] = (), *, first: bool = False, reason: str | None = None
+    ) -> dict[str, Any]:
+        """One event of a stream; ``scores`` of the tokens that came since the event before."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(scores), "finish_reason": reason}
         if self._wanted.is_chat:
             delta = {"role": "assistant"} if first else {}
             choice["delta"] = {**delta, "content": text} if text or first else delta
@@ -241,9 +268,11 @@ class Writer:
             choice["text"] = text
         return {**self._head, "choices": [choice]}
 
-    def whole(self, texts: Sequence[str], reason: str, usage: Mapping[str, Any]) -> dict[str, Any]:
+    def whole(
+        self, texts: Sequence[str], scores: Sequence[Score], reason: str, usage: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """The answer that is not streamed."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(scores), "finish_reason": reason}
         if self._wanted.is_chat:
             choice["message"] = {"role": "assistant", "content": "".join(texts)}
         else:
@@ -263,3 +292,9 @@ class Writer:
             "total_tokens": prompt_tokens + output_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
+
+    def _logprobs(self, scores: Sequence[Score]) -> dict[str, Any] | None:
+        if not scores:
+            return None
+        block = chat_block if self._wanted.is_chat else completion_block
+        return block(scores, self._tokenizer.spell, self._wanted.names_ids)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lmcache.connectors.transformers import KVCacheSession
+from lmcache.engine.logprobs import Score, score
 from lmcache.engine.models import Served
 from lmcache.engine.text import TextStream
 
@@ -34,7 +35,10 @@ _ROOM_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What to compute. ``temperature`` 0 is greedy; ``salt`` is of the tenant."""
+    """What to compute. ``temperature`` 0 is greedy; ``salt`` is of the tenant.
+
+    ``num_top``: of how many likeliest tokens to tell the log probabilities, beside the chosen one; None tells of none.
+    """
 
     token_ids: Sequence[int]
     max_tokens: int
@@ -43,13 +47,15 @@ class Ask:
     stops: tuple[str, ...] = ()
     ignore_eos: bool = False
     salt: str = ""
+    num_top: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that is certain now."""
+    """Text that is certain now; the score of the token that came, where scores are asked for and one came."""
 
     text: str
+    score: Score | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +220,11 @@ class Runner:
                 return None
             token = pick(logits)
             tokens.append(token)
+            scored = None if ask.num_top is None else score(logits, token, ask.num_top, text.num_letters)
             if token in self._served.eos and not ask.ignore_eos:
-                job.tell(Piece(text.finish()))
+                job.tell(Piece(text.finish(), scored))
                 return "stop"
-            job.tell(Piece(text.push(token)))
+            job.tell(Piece(text.push(token), scored))
             if text.stopped:
                 return "stop"
         job.tell(Piece(text.finish()))

@@ -27,6 +27,8 @@ class TextStream:
         self._shown = 0  # tokens whose text is taken in
         self._held = ""
         self.stopped = False
+        self.num_letters = 0
+        """Letters of the tokens so far, but for a last one that is not complete yet."""
 
     def push(self, token: int) -> str:
         """One more token; the text that is certain now, perhaps none. ``stopped`` says whether a stop string came."""
@@ -51,6 +53,7 @@ class TextStream:
 
     def _take(self, fresh: str) -> str:
         self._shown = len(self._tokens)
+        self.num_letters += len(fresh)
         text = self._held + fresh
         found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
         if found:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from lmcache.cache.base import Usage
+from lmcache.cache.quarantine import Spoiled
 from lmcache.metrics import Counters, Gauges
 from lmcache.server.sessions import Instance
 from lmcache.wire.messages import KernelGroup, Register
@@ -48,6 +49,12 @@ def document(usage: Usage, counters: Counters, instances: list[Instance], frame:
     return json.dumps({"status": api.to_json(status), "counters": asdict(counters), "gauges": asdict(gauges)}).encode()
 
 
+def quarantined(spoiled: Spoiled, found_at: str, tier: str) -> api.Quarantined:
+    """A chunk that is named in ``/status``."""
+    namespace = None if spoiled.namespace is None else spoiled.namespace.hex()
+    return api.Quarantined(spoiled.key.hex(), namespace, spoiled.rank, found_at, tier, spoiled.age_s)
+
+
 def _status(usage: Usage, instances: list[Instance], frame: Frame, reason: str | None) -> api.Status:
     is_healthy = reason is None
     l1 = api.L1Manager(
@@ -77,6 +84,7 @@ def _status(usage: Usage, instances: list[Instance], frame: Frame, reason: str |
         attached_processes=len(instances),
         uptime_s=frame.uptime_s,
         quarantined_count=usage.num_quarantined,
+        quarantined=[quarantined(spoiled, "use", "l1") for spoiled in usage.quarantined],
         storage_manager=api.StorageManager(
             is_healthy=is_healthy,
             l1_manager=l1,

@@ -105,9 +105,9 @@ def _add_core_routes(app: DescribedApp, link: CoreLink, cascade: Cascade | None,
         """State of the core, the pool and the registered engines."""
         status = (await _snapshot(link))["status"]
         if cascade is not None:
-            status["storage_manager"]["l2_adapters"] = [
-                api.to_json(tier_views.adapter(state)) for state in await cascade.states()
-            ]
+            states = await cascade.states()
+            status["storage_manager"]["l2_adapters"] = [api.to_json(tier_views.adapter(state)) for state in states]
+            status["quarantined"] = tier_views.with_quarantined(status["quarantined"], states)
         return reply(status)
 
     @app.get(api.PATH_METRICS, response_class=PlainTextResponse)

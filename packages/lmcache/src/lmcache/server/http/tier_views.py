@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from lmcache.cache.quarantine import NAMED_MAX
 from lmcache.cascade.run import TierState
+from lmcache.server import report
 from lmcache_cli import api
 
 
@@ -25,3 +30,12 @@ def adapter(state: TierState) -> api.L2Adapter:
         current_size_bytes=usage.used_bytes,
         max_capacity_bytes=usage.capacity_bytes,
     )
+
+
+def with_quarantined(found_at_use: Sequence[dict[str, Any]], states: Sequence[TierState]) -> list[dict[str, Any]]:
+    """The last chunks that were not what was stored, at use (from the core) or at promotion, the newest first."""
+    found = list(found_at_use)
+    for state in states:
+        for each in state.quarantined:
+            found.append(api.to_json(report.quarantined(each, "promotion", state.name)))
+    return sorted(found, key=lambda each: float(each["age_s"]))[:NAMED_MAX]
