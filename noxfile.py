@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -221,8 +222,15 @@ def sim(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def planted(session: nox.Session) -> None:
     """Long: bugs planted on purpose, each of which the simulation must find."""
-    python = full_environment(main_version())
-    pytest(session, python, "tests/sim/test_planted.py", "-o", "faulthandler_timeout=1800")
+    plant(session, *session.posargs)
+
+
+def plant(session: nox.Session, *options: str) -> None:
+    """Run the simulation with one bug planted after the other."""
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=1800", *options]
+    with session.chdir(ROOT):
+        python = str(full_environment(main_version()))
+        session.run(python, *command, str(ROOT / "tests" / "sim" / "test_planted.py"), env={"PYTHONPATH": ""})
 
 
 @gate(400, "hostile")
@@ -237,10 +245,90 @@ def hostile(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def fuzz(session: nox.Session) -> None:
     """Long: the decoders under coverage-guided fuzzing; options go to fuzz/run.py."""
+    session.run(str(fuzz_environment()), str(ROOT / "fuzz" / "run.py"), *session.posargs)
+
+
+def fuzz_environment() -> Path:
+    """atheris and the full wheel; returns its python."""
     version = main_version()
     python = environment("fuzz", version, artefacts.group("fuzz"), sites=[requirements_site(version)])
     install_wheel(python, artefacts.full_wheel(version))
-    session.run(str(python), str(ROOT / "fuzz" / "run.py"), *session.posargs)
+    return python
+
+
+COVERED = ("wire", "cache", "keys", "layout")
+COVERED_PERCENT = 95
+
+
+@nox.session(venv_backend="none")
+def coverage(session: nox.Session) -> None:
+    """Lines and branches of wire, cache, keys and layout under the unit and sim suites: 95 % of each at least."""
+    version = main_version()
+    sites = [requirements_site(version)]
+    python = environment("coverage", version, ["coverage>=7.10"], sites=sites)
+    install_wheel(python, artefacts.full_wheel(version))
+    with tempfile.TemporaryDirectory() as elsewhere:
+        settings = {"PYTHONPATH": "", "COVERAGE_RCFILE": str(ROOT / "tests" / "coverage.ini")}
+        settings["COVERAGE_FILE"] = f"{elsewhere}/data"
+
+        def measure(*arguments: str) -> None:
+            session.run(str(python), "-m", "coverage", *arguments, env=settings)
+
+        with session.chdir(elsewhere):
+            measure("run", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "unit"))
+        with session.chdir(ROOT):
+            measure("run", "-m", "tests.sim", "--seeds", "0-99")
+        measure("combine", "-q")
+        for part in COVERED:
+            session.log(f"lmcache.{part}")
+            included = f"*/lmcache/{part}/*,*/lmcache/{part}.py"
+            measure("report", f"--include={included}", f"--fail-under={COVERED_PERCENT}")
+
+
+@nox.session(venv_backend="none")
+def long(session: nox.Session) -> None:
+    """Long: what shows the promises of docs/reliability.md, each with its figures; some hours.
+
+    `-- 0.01` is a hundredth of it, `-- 1 kills sim` only these parts. Whatever the scale, `planted` and `coverage` are
+    whole; `planted` is left out below 1 unless it is named. Servers of these parts kill and sweep: nothing that runs a
+    server may run beside them.
+    """
+    scale = float(session.posargs[0]) if session.posargs else 1.0
+    chosen = session.posargs[1:]
+    python = str(full_environment(main_version()))
+
+    def amount(whole: int) -> str:
+        return str(max(1, round(whole * scale)))
+
+    def run(*command: str) -> None:
+        with session.chdir(ROOT):
+            session.run(*command, env={"PYTHONPATH": ""})
+
+    hostile_folder = ROOT / "tests" / "hostile"
+    parts: dict[str, Callable[[], None]] = {
+        "structural": lambda: run(python, str(hostile_folder / "structural.py"), "--faults", amount(10_000)),
+        "kills": lambda: run(python, str(hostile_folder / "harness.py"), "--kills", amount(2_000)),
+        "session": lambda: run(python, str(hostile_folder / "session_budget.py"), "--faults", amount(1_000)),
+        "tier": lambda: run(python, str(ROOT / "tests" / "server" / "tier_crashes.py"), "--kills", amount(500)),
+        "sim": lambda: run(
+            python, "-m", "tests.sim", "--seeds", f"0-{int(amount(10_000)) - 1}", "--jobs", str(os.cpu_count() or 1)
+        ),
+        "planted": lambda: plant(session),
+        "coverage": lambda: coverage(session),
+        "fuzz": lambda: run(str(fuzz_environment()), str(ROOT / "fuzz" / "run.py"), "--seconds", amount(600)),
+    }
+    unknown = set(chosen) - set(parts)
+    if unknown:
+        session.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(parts)}")
+    failed = []
+    for name in chosen or [name for name in parts if name != "planted" or scale >= 1]:
+        session.log(f"long: {name}")
+        try:
+            parts[name]()
+        except CommandFailed:
+            failed.append(name)
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
 
 
 @gate(240, "guard")

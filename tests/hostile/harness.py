@@ -1,8 +1,8 @@
 """Engines and a server with a tier, killed, stopped and partitioned at random; every byte that is used is checked.
 
-Run it for as long as you like: ``python tests/hostile/harness.py --minutes 60 --seed 1``. A round is some faults while
-all work, then rest: within a second nothing may be leased or reserved. At the end the counts are printed, and how long
-the calls of the session API took.
+Run it for as long as you like: ``python tests/hostile/harness.py --minutes 60 --seed 1``, or until so many processes
+have been killed: ``--kills 2000``. A round is some faults while all work, then rest: within a second nothing may be
+leased or reserved. At the end the counts are printed, and how long the calls of the session API took.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -30,10 +31,12 @@ sys.path.insert(0, str(HERE.parent / "server"))
 from server_running import WAIT_S, Server, eventually, running  # noqa: E402 - the path is set above
 
 NUM_ENGINES = 3
-FAULTS_A_ROUND = 8
+FAULTS_A_ROUND = 16
+PAUSE_S_MAX = 0.3
 STOP_S_MAX = 1.5
 POOL_GB = 0.03125  # 512 chunks of the engines' 1,200: much is evicted, and comes back from the tier
 TIER_GB = "0.0625"
+PROGRESS_ROUNDS = 20
 
 
 class Child:
@@ -82,6 +85,7 @@ class Harness:
         self.random = random.Random(seed)
         self.faults: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
+        self.num_kills = 0  # processes that were killed: engines, cores, services
         self.quiet_s: list[float] = []
         self.engines = [self._engine() for _ in range(NUM_ENGINES)]
         self.session = self._session()
@@ -100,17 +104,17 @@ class Harness:
     def round(self) -> None:
         """Some faults, then rest."""
         deeds: list[tuple[float, Callable[[], None]]] = [
-            (4, self._kill_engine),
+            (12, self._kill_engine),
             (3, self._stop_engine),
             (3, self._cut_engine),
             (3, self._kill_server),
             (3, self._stop_server),
-            (2, self._kill_service),
+            (3, self._kill_service),
             (2, self._stop_service),
         ]
         weights, acts = [weight for weight, _ in deeds], [act for _, act in deeds]
         for _ in range(FAULTS_A_ROUND):
-            time.sleep(self.random.uniform(0.0, 0.5))
+            time.sleep(self.random.uniform(0.0, PAUSE_S_MAX))
             act = self.random.choices(acts, weights)[0]
             act()
             self.faults[act.__name__.strip("_")] += 1
@@ -120,6 +124,7 @@ class Harness:
     def _kill_engine(self) -> None:
         number = self.random.randrange(NUM_ENGINES)
         self.engines[number].kill()
+        self.num_kills += 1
         self.engines[number] = self._engine()
 
     def _stop_engine(self) -> None:
@@ -131,6 +136,7 @@ class Harness:
     def _kill_server(self) -> None:
         self._wake()  # a core that is stopped dies, too; its service must be able to see it
         self.server.kill()
+        self.num_kills += 1
         self._wait_for_port()
         self.server.start()
 
@@ -158,6 +164,7 @@ class Harness:
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+                self.num_kills += 1
 
     def _stop_service(self) -> None:
         pid = self.server.service_pid()
@@ -205,9 +212,11 @@ class Harness:
         eventually(lambda: self._gauge("unwritten_chunks") == 0, "the tier has everything")  # that takes leases, too
         assert self._num_held() >= 2
         self.engines[0].process.kill()
+        self.num_kills += 1
         started = time.monotonic()
         eventually(lambda: self._num_held() == 0, "nothing is leased or reserved")
         self.quiet_s.append(time.monotonic() - started)
+        self._check_counters()
         self.engines[0].kill()
         self.engines[0] = self._engine()
         self.session = self._session()
@@ -215,9 +224,31 @@ class Harness:
             engine.say("work")
 
     def _gauge(self, name: str) -> float:
+        return self._metrics().get(name, -1.0)
+
+    def _metrics(self) -> dict[str, float]:
+        """All numbers without labels, by name; empty where the service does not answer."""
         code, text = self.server.ask("/metrics")
-        lines = [line for line in str(text).splitlines() if line.startswith(f"lmcache_mp_{name} ")]
-        return float(lines[0].split()[1]) if code == 200 and lines else -1.0
+        lines = [line.split() for line in str(text).splitlines() if line.startswith("lmcache_mp_") and "{" not in line]
+        return {name.removeprefix("lmcache_mp_"): float(value) for name, value in lines} if code == 200 else {}
+
+    def _check_counters(self) -> None:
+        """What came, less what went, is what is there; nothing went that did not come."""
+        seen = eventually(self._metrics, "numbers")
+        # The server's own cascade attaches as engines do, and is not shown among them.
+        cascades = seen["attaches_total"] - seen["detaches_total"] - seen["attached_processes"]
+        assert cascades in (0, 1), f"processes that ended, and those that are there, are not all that came: {seen}"
+        assert seen["active_sessions"] == 0
+        assert seen["faults_total"] == 0
+        for less, more in (
+            ("retrieves", "leases"),
+            ("stored_chunks", "reserved_chunks"),
+            ("lookup_hit_tokens", "lookup_requested_tokens"),
+            ("lookups", "requests"),
+            ("refused", "requests"),
+            ("abandoned_promotions", "promotions"),
+        ):
+            assert seen[f"{less}_total"] <= seen[f"{more}_total"], f"more {less} than {more}: {seen}"
 
     def _num_held(self) -> int:
         code, status = self.server.ask("/status")
@@ -227,11 +258,12 @@ class Harness:
         return int(status["active_sessions"]) + int(l1["write_locked_count"])
 
     def _take(self, seen: dict[str, Any]) -> None:
-        for name in ("calls", "questions", "answers", "misses", "unasked", "late", "slow_calls"):
-            self.seen[f"session {name}"] += seen[name]
-        for name in ("calls_ms", "waited_ms", "questions_ms"):
-            for place, value in seen[name].items():
-                self.seen[f"session {name} {place}"] = max(self.seen[f"session {name} {place}"], value)
+        for name, value in seen.items():
+            if isinstance(value, dict):
+                for place, spent in value.items():
+                    self.seen[f"session {name} {place}"] = max(self.seen[f"session {name} {place}"], spent)
+            else:
+                self.seen[f"session {name}"] += value
 
     def end(self) -> None:
         """All stop; what they saw is added up."""
@@ -253,30 +285,44 @@ class Harness:
                 child.kill()
 
 
-def run(seconds: float, seed: int) -> Harness:
-    """Rounds for so long; raises at the first thing that is wrong."""
+def run(seed: int, *, seconds: float = math.inf, kills: float = math.inf) -> Harness:
+    """Rounds for so long, or until so many processes were killed; raises at the first thing that is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--l2-path", f"{folder}/l2", "--l2-size-gb", TIER_GB]
         with running(folder, *options, pool_gb=POOL_GB) as server:
             harness = Harness(server, seed)
-            until = time.monotonic() + seconds
+            started = time.monotonic()
             try:
-                while time.monotonic() < until:
+                while time.monotonic() - started < seconds and harness.num_kills < kills:
                     harness.round()
+                    if len(harness.quiet_s) % PROGRESS_ROUNDS == 0:
+                        print(f"{harness.num_kills} kills, {harness.seen['engine accepted']} chunks used", flush=True)
                 harness.end()
             finally:
                 harness.close()
             return harness
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run, and print what was seen."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, help="10 where no number of kills is asked for")
+    parser.add_argument("--kills", type=float, default=math.inf)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
-    done = run(asked.minutes * 60, asked.seed)
-    print(f"seed {asked.seed}, {asked.minutes:g} minutes, {len(done.quiet_s)} rounds: no wrong byte, nothing left held")
+    minutes = asked.minutes or (10.0 if math.isinf(asked.kills) else math.inf)
+    started = time.monotonic()
+    done = run(asked.seed, seconds=minutes * 60, kills=asked.kills)
+    seconds = time.monotonic() - started
+    print(
+        f"seed {asked.seed}, {seconds:.0f} s, {len(done.quiet_s)} rounds, {done.num_kills} processes killed: "
+        f"{done.seen['engine accepted']} chunks used, no wrong byte, nothing left held"
+    )
     print("faults:", dict(done.faults))
     for what, count in sorted(done.seen.items()):
         print(f"  {what}: {count}")
     print(f"  seconds from rest to nothing held: worst {max(done.quiet_s):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,16 +9,15 @@ from hashlib import sha256
 
 from lmcache.connectors.copier import CopyWorker, LoadJob, Outcome, StoreJob
 from lmcache.connectors.link import Link
-from lmcache.connectors.session import BUDGET_S, Prefix, Question, SchedulerSession
+from lmcache.connectors.session import BUDGET_S, Prefix, SchedulerSession
 
 from .kernel import Kernel, Process, Violation
 from .oracle import Oracle
 from .standins import FOLDERS
 from .worker import SERVER, Model, Worker, registration
 
-"""What the session holds to."""
-
 LATE_S = 0.05
+"""An answer may be that much later than the session's budget: the engine's own steps."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +75,6 @@ class _Request:
     jobs: list[int] = field(default_factory=list)
 
 
-class _Ordered(dict[Question, None]):
-    """A set with one order; that of a real one depends on where in memory its members lie."""
-
-    def add(self, question: Question) -> None:
-        self[question] = None
-
-    def discard(self, question: Question) -> None:
-        self.pop(question, None)
-
-
 class Engine:
     """Asks, loads, computes, stores; request after request until told to end."""
 
@@ -115,7 +104,6 @@ class Engine:
                 lambda _: registration(model, "scheduler", 0),
             )
             self.session = SchedulerSession(self.link, now=self.process.now)
-            self.session._promoting = _Ordered()  # type: ignore[assignment]
         finally:
             self.process.leave()
         for _ in range(2):
@@ -142,24 +130,7 @@ class Engine:
             self._running -= 1
             await asyncio.sleep(random.uniform(0.0, self.pace_s))
         if not self._running:
-            await self._idle()
             self.is_done = True
-
-    async def _idle(self) -> None:
-        """A few more steps of the engine: answers to what was given up come in, and are given back.
-
-        An engine that takes no step any more keeps such a lease, or such a reservation, until its time is over.
-        """
-        for _ in range(10):
-            await asyncio.sleep(0.05)
-            self.session.pump()
-        for _ in range(5):
-            late = any(worker.copier._late for worker in self.workers if worker.process.is_alive)
-            prompt = self.prompts.draw(self.model)
-            blocks = self._take_blocks(len(prompt.keys)) if late else None
-            if blocks is not None:
-                await self._compute_and_store(_Request(prompt, blocks))
-                self._give_blocks(blocks)
 
     async def _request(self, prompt: Prompt) -> None:
         blocks = self._take_blocks(len(prompt.keys))

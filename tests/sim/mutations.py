@@ -220,18 +220,41 @@ MUTATIONS = (
         "after some failures nothing is written to the tiers any more",
     ),
     Mutation(
-        "victim is being read",
-        "lmcache.tiers.catalog",
-        "            if self._keys[slot] not in self._held:\n                yield slot",
-        "            yield slot",
-        "the file of an object is overwritten by another one while it is read",
-    ),
-    Mutation(
         "failed put is catalogued",
         "lmcache.tiers.file",
         "            self._catalog.settle(key, stored)\n",
         "            self._catalog.settle(key, True)\n",
         "a tier says that it has what it failed to write",
+    ),
+    # --- what people are told
+    Mutation(
+        "cleared counts as evicted",
+        "lmcache.cache.store",
+        "        self._room.num_evicted = num_evicted\n",
+        "",
+        "a clear shows as a burst of evictions",
+    ),
+    Mutation(
+        "quarantine is counted by lease",
+        "lmcache.cache.leases",
+        "            self.num_quarantined += 1\n        return keys",
+        "        self.num_quarantined += bool(keys)\n        return keys",
+        "of several spoiled chunks of one prompt one is counted",
+    ),
+    Mutation(
+        "detaches are not counted",
+        "lmcache.server.core",
+        "        self._counters.detaches += 1\n",
+        "",
+        "processes that ended count as attached",
+    ),
+    Mutation(
+        "dropped lease counts as expired",
+        "lmcache.cache.store",
+        "        for lease in list(self._leases.of_owner.get(owner, ())):\n            self._leases.end(lease)\n",
+        "        for lease in list(self._leases.of_owner.get(owner, ())):\n            self._leases.end(lease)\n"
+        '            self._counts["leases"] += 1\n',
+        "engines that are killed show as leases that were too short",
     ),
 )
 

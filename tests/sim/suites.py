@@ -42,9 +42,10 @@ def main() -> int:
         print("the suites fail without any bug planted", file=sys.stderr)
         return 1
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        found = list(threads.map(is_found, MUTATIONS))
-    for mutation, known in zip(MUTATIONS, found, strict=True):
-        print(f"{'found ' if known else 'missed'}  {mutation.name}: {mutation.breaks}")
+        found = []
+        for mutation, known in zip(MUTATIONS, threads.map(is_found, MUTATIONS), strict=True):
+            found.append(known)
+            print(f"{'found ' if known else 'missed'}  {mutation.name}: {mutation.breaks}", flush=True)
     print(f"{sum(found)} of {len(MUTATIONS)} are found by the suites of single parts")
     return 0
 

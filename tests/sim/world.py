@@ -172,8 +172,6 @@ class World:
     def _drain(self) -> None:
         """Everything that L1 has arrives in the tiers."""
         core = self.core
-        if core.cache.pool.growth_stopped is not None:
-            return  # chunks that are larger than what may be leased of so small a pool are never written
         self._until(lambda: core.cache.num_unwritten == 0, 120.0, "everything is written")
         self._pass(1.0)
         if self.is_roomy and not self.chaos.has_hurt_tiers and "file" in self.tier_kinds:

@@ -14,14 +14,15 @@ from lmcache.cache.room import Room
 
 
 class Lease:
-    """What one lookup pinned, in prompt order."""
+    """What one lookup pinned, in prompt order, or one chunk that is being written to the tiers (``writes``)."""
 
-    __slots__ = ("entries", "expires", "owner")
+    __slots__ = ("entries", "expires", "owner", "writes")
 
-    def __init__(self, owner: Owner, expires: float, entries: list[int]) -> None:
+    def __init__(self, owner: Owner, expires: float, entries: list[int], writes: bool) -> None:
         self.owner = owner
         self.expires = expires
         self.entries = entries
+        self.writes = writes
 
 
 class Leases:
@@ -61,18 +62,23 @@ class Leases:
             leased[entry] = count + 1
         return len(entries)
 
-    def add(self, lease: int, owner: Owner, expires: float, entries: list[int]) -> None:
+    def add(self, lease: int, owner: Owner, expires: float, entries: list[int], *, writes: bool = False) -> None:
         """Record the owner of pinned entries."""
-        self.by_id[lease] = Lease(owner, expires, entries)
+        self.by_id[lease] = Lease(owner, expires, entries, writes)
         self.of_owner.setdefault(owner, set()).add(lease)
 
     def end(self, lease: int) -> None:
-        """Unpin; what nobody holds any more and is quarantined gives its extents back."""
+        """Unpin; what nobody holds any more and is quarantined gives its extents back.
+
+        A chunk that was being written, and of which nobody said that the tiers have it, waits for another turn.
+        """
         ended = self.by_id.pop(lease)
         owned = self.of_owner[ended.owner]
         owned.discard(lease)
         if not owned:
             del self.of_owner[ended.owner]
+        if ended.writes:
+            self._room.unwritten.add(entry for entry in ended.entries if entry not in self.quarantined)
         leased = self._room.leased
         for entry in ended.entries:
             count = leased[entry] - 1

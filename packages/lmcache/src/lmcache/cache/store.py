@@ -199,7 +199,7 @@ class Cache:
             if not self._leases.pin([entry], self._lease_limit_bytes()):
                 return None
             number = self._number()
-            self._leases.add(number, owner, self._clock.now() + self._limits.lease_s, [entry])
+            self._leases.add(number, owner, self._clock.now() + self._limits.lease_s, [entry], writes=True)
             return number
 
         return self._writing.choose(bytes_max, self._lease_limit_bytes(), lease, from_old_end=from_old_end)
@@ -210,11 +210,10 @@ class Cache:
         if held is None or held.owner != owner:
             return False
         entry = held.entries[0]
-        if entry not in self._leases.quarantined:
-            if kept:
+        if kept:
+            held.writes = False
+            if entry not in self._leases.quarantined:
                 self._records.mark_clean(self._index.slots(entry))
-            else:
-                self._room.unwritten.add([entry])
         self._leases.end(lease)
         self._records.flush()
         return True

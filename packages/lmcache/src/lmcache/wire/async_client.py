@@ -69,6 +69,7 @@ class AsyncClient:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(PeerSilent("the conversation was ended"))
+                future.exception()  # seen: who is still sending will not look at it
         self._socket.close(0)
         self._context.term()
 
