@@ -10,6 +10,7 @@ import atexit
 import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import artefacts  # noqa: E402
 import upstream_env  # noqa: E402
 from environments import (  # noqa: E402
+    CACHE,
     FULL_PYTHONS,
     THIN_PYTHONS,
     Missing,
@@ -44,6 +46,7 @@ nox.options.sessions = [
     "imports",
     "unit",
     "native",
+    "cuda",
     "cli",
     "browser",
     "server",
@@ -98,6 +101,17 @@ def pytest(session: nox.Session, python: Path, tests: str, *options: str, env: d
     with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
         command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / tests), *options, *session.posargs]
         session.run(*command, env={"PYTHONPATH": "", **(env or {})})
+
+
+def native_build(session: nox.Session, name: str, target: str, *options: str) -> Path:
+    """Folder .cache/NAME with a target of csrc built in it."""
+    python = artefacts.build_environment(main_version())
+    cmake, folder = str(python.parent / "cmake"), CACHE / name
+    pybind11 = site_packages(python) / "pybind11" / "share" / "cmake" / "pybind11"
+    places = [f"-DPython_EXECUTABLE={python}", f"-Dpybind11_DIR={pybind11}"]
+    session.run(cmake, "-S", str(ROOT / "csrc"), "-B", str(folder), *places, *options, silent=True)
+    session.run(cmake, "--build", str(folder), "--parallel", "2", "--target", target, silent=True)
+    return folder
 
 
 def extras(*names: str) -> list[str]:
@@ -166,11 +180,39 @@ def unit(session: nox.Session) -> None:
 def native(session: nox.Session) -> None:
     """The copy engine against numpy and xxhash; then its own tests under ASan and UBSan."""
     pytest(session, full_environment(main_version()), "tests/native")
-    cmake = str(artefacts.build_environment(main_version()).parent / "cmake")
-    folder = str(ROOT / ".cache" / "sanitized")
-    session.run(cmake, "-S", str(ROOT / "csrc"), "-B", folder, "-DLMCACHE_SANITIZE=ON", silent=True)
-    session.run(cmake, "--build", folder, "--parallel", "2", silent=True)
+    folder = native_build(session, "sanitized", "native_tests", "-DLMCACHE_SANITIZE=ON")
     session.run(f"{folder}/native_tests")
+
+
+@gate(180, "cuda")
+def cuda(session: nox.Session) -> None:
+    """Copies to and from GPUs, without one: emulated, under ASan and UBSan; then what nvcc makes of them."""
+    version = main_version()
+    sanitized = native_build(session, "sanitized", "cuda_tests", "-DLMCACHE_SANITIZE=ON")
+    session.run(f"{sanitized}/cuda_tests")
+    emulated = native_build(session, "emulated", "_native", "-DLMCACHE_CUDA=EMULATED")
+    python = environment("cuda", version, artefacts.group("cuda"), sites=[requirements_site(version)])
+    install_wheel(python, artefacts.full_wheel(version))
+    pytest(session, python, "tests/cuda", env={"LMCACHE_TEST_EMULATED": str(emulated)})
+    if shutil.which("nvcc") is None:
+        session.warn("NOT RUN: the build by nvcc and the bounds of its kernels, for there is no nvcc in PATH")
+        return
+    built = native_build(session, "cuda", "_native", "-DLMCACHE_CUDA=ON")
+    (module,) = built.glob("_native*.so")
+    code = "import _native; assert _native.HAS_CUDA, _native"  # a machine without a driver imports it too
+    session.run(str(python), "-c", code, env={"PYTHONPATH": str(built)})
+    tools = site_packages(python) / "nvidia" / "cu13" / "bin"
+    proof, bounds = ROOT / "scripts" / "cuda_proof.py", ROOT / "csrc" / "cuda_bounds.json"
+    session.run(str(python), str(proof), str(module), str(bounds), str(tools))
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Where a GPU and nvcc are: exactness, bandwidth, overlap with compute, and the break-even of the two paths."""
+    version = main_version()
+    python = environment("gpu", version, [], sites=[requirements_site(version), torch_site()])
+    install_wheel(python, artefacts.full_wheel(version))
+    pytest(session, python, "tests/gpu", "-s", "-o", "faulthandler_timeout=1200")
 
 
 @gate(420, "cli")

@@ -112,7 +112,8 @@ class Storer:
         blocks = [number * each + block for number in chunks for block in range(each)]
         offsets = array("Q", granted.offsets)
         named = [keys[number * KEY_BYTES : (number + 1) * KEY_BYTES] for number in chunks]
-        plan = Plan.of(blocks, [offsets[number] for number in chunks], [checksum_seed(key, 0) for key in named])
+        seeds = [checksum_seed(key, 0) for key in named]
+        plan = Plan.of(self.line.chunk_tokens, blocks, [offsets[number] for number in chunks], seeds)
         assert self.line.pool is not None
         checksums = self._engine.store(self.line.pool, plan, STORE_THREADS)
         num_chunks = self._call(Commit(0, ticket=granted.ticket, checksums=checksums), Committed).num_chunks

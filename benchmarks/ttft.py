@@ -19,6 +19,7 @@ import random
 import sys
 import tempfile
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import common
 from engines import VLLM, First, Upstream, small_model, transfer_config
 
 from lmcache.connectors.copier import LOAD_THREADS
+from lmcache.layout import LayerGroup, Layout, Plane
 from lmcache.transfer import _native
 
 PROMPT_TOKENS = 4096
@@ -44,8 +46,8 @@ class Copy:
 
     def __init__(self) -> None:
         blocks_per_chunk = CHUNK_TOKENS // BLOCK_TOKENS
-        self._num_blocks = PROMPT_TOKENS // BLOCK_TOKENS
-        num_chunks = self._num_blocks // blocks_per_chunk
+        num_blocks = PROMPT_TOKENS // BLOCK_TOKENS
+        num_chunks = num_blocks // blocks_per_chunk
         chunk_bytes = LAYERS * PAGE_BYTES * blocks_per_chunk
         total_bytes = num_chunks * chunk_bytes
         with tempfile.TemporaryFile(dir="/dev/shm") as file:
@@ -54,16 +56,17 @@ class Copy:
         self._engine = mmap.mmap(-1, total_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._engine.write(random.Random(0).randbytes(1 << 20) * (total_bytes >> 20))
         address = _address(self._engine)
-        layer_bytes = PAGE_BYTES * self._num_blocks
-        rows = [(address + layer * layer_bytes, PAGE_BYTES, PAGE_BYTES) for layer in range(LAYERS)]
-        self._segments = _u64(number for row in rows for number in row)
-        self._blocks = _u64(range(self._num_blocks))
+        layer_bytes = PAGE_BYTES * num_blocks
+        planes = tuple(Plane(address + layer * layer_bytes, PAGE_BYTES, (), PAGE_BYTES) for layer in range(LAYERS))
+        layout = Layout((LayerGroup(planes, num_blocks, BLOCK_TOKENS),))
+        self._planes, self._groups = layout.plane_table(), layout.group_table(CHUNK_TOKENS)
+        self._blocks = _u64(range(num_blocks))
         self._offsets = _u64(index * chunk_bytes for index in range(num_chunks))
         self._seeds = _u64(range(num_chunks))
         self._checksums = _native.store(self._pool, *self._plan(), 1)
 
-    def _plan(self) -> tuple[memoryview, int, memoryview, memoryview, memoryview]:
-        return self._segments, self._num_blocks, self._blocks, self._offsets, self._seeds
+    def _plan(self) -> tuple[array[int], array[int], memoryview, memoryview, memoryview]:
+        return self._planes, self._groups, self._blocks, self._offsets, self._seeds
 
     def seconds(self) -> float:
         """One load, verified."""

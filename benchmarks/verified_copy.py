@@ -2,9 +2,12 @@
 
     python benchmarks/verified_copy.py [--json PATH] [--total-mib 256] [--rounds 9]
 
-Both sides move the same fragments (block-sized pieces of anonymous memory, in a shuffled order) to and from the same
-MAP_SHARED tmpfs file; everything is touched beforehand. The rounds alternate between the two, and the table shows
-medians of one run, so a busy neighbour slows both. memcpy is numpy's ``take``: one C loop with a memcpy a fragment.
+Both sides move the same fragments between anonymous memory and the same MAP_SHARED tmpfs file; everything is touched
+beforehand. Fragments are blocks of one run each, in a shuffled order ("blocks"), or the (token, head, K|V) runs of
+shuffled blocks that lie in memory as [K|V][head][token] ("heads": the canonical form of an engine of the other order).
+The rounds alternate between the two sides, and the table shows medians of one run, so a busy neighbour slows both.
+memcpy is numpy's ``take``: one C loop with a memcpy a fragment. It is also the copy without a checksum: "cost" is what
+checking adds to its time, negative where the verified copy is faster all the same.
 """
 
 from __future__ import annotations
@@ -28,28 +31,38 @@ from lmcache.transfer import _native
 KIB = 1 << 10
 MIB = 1 << 20
 CHUNK_BYTES = 4 * MIB
-FRAGMENTS_BYTES = (64 * KIB, 256 * KIB, MIB)
+BLOCKS_BYTES = (256, 512, KIB, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB)
+HEADS_BYTES = (256, 512, KIB, 4 * KIB)
 THREADS = (1, 2)
-BOUNDS = {"store": 1.3, "retrieve": 1.0}  # least ratio to memcpy of one thread
+BOUNDS = {"store": 1.3, "retrieve": 1.0}  # least ratio to memcpy of one thread, at 64 KiB and more
+SMALL_BOUNDS = {KIB: 0.7, 4 * KIB: 0.9}  # both ways
+PARTS, HEADS, TOKENS, LAYERS = 2, 4, 16, 2
+"""Of one block in "heads": K and V, heads, tokens; and planes."""
 
 Bytes = NDArray[np.uint8]
+Numbers = NDArray[np.int64]
 
 
 class Case:
-    """One fragment size: an engine's memory of one segment a block, a pool, and a plan that moves all of it."""
+    """One shape: an engine's memory, a pool, and a plan that moves all of it.
 
-    def __init__(self, engine: Bytes, pool: Bytes, fragment_bytes: int) -> None:
+    Args:
+        planes: rows of the native table without their address: where in the engine's memory each begins comes first.
+        order: the fragments of the engine's memory in the order of the pool's.
+    """
+
+    def __init__(
+        self, engine: Bytes, pool: Bytes, fragment_bytes: int, planes: list[list[int]], num_blocks: int, order: Numbers
+    ) -> None:
         self.engine = engine.reshape(-1, fragment_bytes)
         self.pool_bytes = pool
         self.pool = pool.reshape(-1, fragment_bytes)
-        num_blocks = len(self.engine)
+        self.order = order
+        self.inverse = np.argsort(order)
         num_chunks = engine.size // CHUNK_BYTES
-        order = list(range(num_blocks))
-        random.Random(fragment_bytes).shuffle(order)
-        self.order = np.array(order, np.int64)
-        self.inverse = np.argsort(self.order)
-        self.blocks = self.order.reshape(num_chunks, -1)
-        self.segments = np.array([[engine.ctypes.data, fragment_bytes, fragment_bytes]], np.uint64)
+        self.blocks = shuffled(num_blocks).reshape(num_chunks, -1)
+        self.planes = np.array([[engine.ctypes.data + row[0], *row[1:]] for row in planes], np.uint64)
+        self.groups = np.array([[len(planes), num_blocks, num_blocks // num_chunks]], np.uint64)
         self.offsets = np.arange(num_chunks, dtype=np.uint64) * np.uint64(CHUNK_BYTES)
         self.seeds = np.arange(num_chunks, dtype=np.uint64)
         self.checksums = b""
@@ -57,20 +70,13 @@ class Case:
     def store(self, threads: int) -> None:
         """Verified copy into the pool."""
         self.checksums = _native.store(
-            self.pool_bytes, self.segments, len(self.engine), self.blocks, self.offsets, self.seeds, threads
+            self.pool_bytes, self.planes, self.groups, self.blocks, self.offsets, self.seeds, threads
         )
 
     def retrieve(self, threads: int) -> None:
         """Verified copy out of the pool."""
         verdicts = _native.retrieve(
-            self.pool_bytes,
-            self.segments,
-            len(self.engine),
-            self.blocks,
-            self.offsets,
-            self.seeds,
-            self.checksums,
-            threads,
+            self.pool_bytes, self.planes, self.groups, self.blocks, self.offsets, self.seeds, self.checksums, threads
         )
         if 0 in verdicts:
             raise RuntimeError("a chunk failed its check")
@@ -84,7 +90,35 @@ class Case:
         _take(self.pool, self.inverse, self.engine, threads)
 
 
-def _take(source: Bytes, rows: NDArray[np.int64], target: Bytes, threads: int) -> None:
+def shuffled(count: int) -> Numbers:
+    """0 to ``count`` - 1 in an order that is the same every time."""
+    order = list(range(count))
+    random.Random(count).shuffle(order)
+    return np.array(order, np.int64)
+
+
+def blocks_case(engine: Bytes, pool: Bytes, fragment_bytes: int) -> Case:
+    """One plane of blocks of one run."""
+    num_blocks = engine.size // fragment_bytes
+    plane = [0, fragment_bytes, 1, 0, 1, 0, 1, 0, fragment_bytes]
+    return Case(engine, pool, fragment_bytes, [plane], num_blocks, shuffled(num_blocks))
+
+
+def heads_case(engine: Bytes, pool: Bytes, fragment_bytes: int) -> Case:
+    """Planes of blocks that lie as [K|V][head][token], and are stored as [token][head][K|V]."""
+    block_fragments = PARTS * HEADS * TOKENS
+    num_blocks = engine.size // fragment_bytes // block_fragments // LAYERS
+    num_chunks = engine.size // CHUNK_BYTES
+    dims = [TOKENS, fragment_bytes, HEADS, TOKENS * fragment_bytes, PARTS, HEADS * TOKENS * fragment_bytes]
+    block_bytes = block_fragments * fragment_bytes
+    planes = [[layer * num_blocks * block_bytes, block_bytes, *dims, fragment_bytes] for layer in range(LAYERS)]
+    numbers = np.arange(engine.size // fragment_bytes).reshape(LAYERS, num_blocks, PARTS, HEADS, TOKENS)
+    chunks = numbers[:, shuffled(num_blocks)].reshape(LAYERS, num_chunks, -1, PARTS, HEADS, TOKENS)
+    order = np.ascontiguousarray(chunks.transpose(1, 0, 2, 5, 4, 3)).reshape(-1)
+    return Case(engine, pool, fragment_bytes, planes, num_blocks, order)
+
+
+def _take(source: Bytes, rows: Numbers, target: Bytes, threads: int) -> None:
     def part(index: int) -> None:
         share = slice(index * len(rows) // threads, (index + 1) * len(rows) // threads)
         np.take(source, rows[share], axis=0, out=target[share], mode="clip")
@@ -109,11 +143,22 @@ def measure(case: Case, verb: str, threads: int, rounds: int) -> dict[str, float
         warm_up(threads)
     times = [(_seconds(plain, threads), _seconds(verified, threads)) for _ in range(rounds)]
     gigabytes = case.engine.size / 1e9
+    ratio = statistics.median(pair[0] / pair[1] for pair in times)
     return {
         "memcpy_gb_per_s": gigabytes / statistics.median(pair[0] for pair in times),
         "verified_gb_per_s": gigabytes / statistics.median(pair[1] for pair in times),
-        "ratio": statistics.median(pair[0] / pair[1] for pair in times),
+        "ratio": ratio,
+        "cost_percent": 100 * (1 / ratio - 1),
     }
+
+
+def check_same(case: Case) -> None:
+    """Stop where the two sides do not move the same fragments to the same places."""
+    case.store(1)
+    stored = case.pool_bytes.copy()
+    case.memcpy_in(1)
+    if not np.array_equal(stored, case.pool_bytes):
+        raise RuntimeError("the two sides copy different bytes")
 
 
 def run(total_bytes: int, rounds: int) -> list[dict[str, object]]:
@@ -126,22 +171,31 @@ def run(total_bytes: int, rounds: int) -> list[dict[str, object]]:
         engine = np.frombuffer(mmap.mmap(-1, total_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         engine[:] = np.resize(np.random.default_rng(0).integers(0, 256, 9973, np.uint8), total_bytes)
         print(f"{_native.features()}, {total_bytes // MIB} MiB, {rounds} rounds")
-        print(f"{'':10}{'fragment':>10}{'threads':>9}{'memcpy GB/s':>13}{'verified GB/s':>15}{'ratio':>8}{'bound':>8}")
-        for verb in BOUNDS:
-            for fragment_bytes in FRAGMENTS_BYTES:
-                case = Case(engine, pool, fragment_bytes)
-                case.store(1)
-                for threads in THREADS:
-                    got = measure(case, verb, threads, rounds)
-                    bound = BOUNDS[verb] if threads == 1 else None
-                    rows.append(
-                        {"verb": verb, "fragment_bytes": fragment_bytes, "threads": threads, **got, "bound": bound}
-                    )
-                    print(
-                        f"{verb:10}{fragment_bytes // KIB:>6} KiB{threads:>9}{got['memcpy_gb_per_s']:>13.1f}"
-                        f"{got['verified_gb_per_s']:>15.1f}{got['ratio']:>8.2f}{f'>={bound}' if bound else '':>8}"
-                    )
+        print(
+            f"{'':9} {'shape':7}{'fragment':>10}{'threads':>9}{'memcpy GB/s':>13}{'verified GB/s':>15}{'ratio':>8}"
+            f"{'cost':>8}{'bound':>8}"
+        )
+        for shape, sizes, make in (("blocks", BLOCKS_BYTES, blocks_case), ("heads", HEADS_BYTES, heads_case)):
+            for fragment_bytes in sizes:
+                case = make(engine, pool, fragment_bytes)
+                check_same(case)
+                for verb in BOUNDS:
+                    rows += [row(case, shape, verb, fragment_bytes, threads, rounds) for threads in THREADS]
     return rows
+
+
+def row(case: Case, shape: str, verb: str, fragment_bytes: int, threads: int, rounds: int) -> dict[str, object]:
+    """One line of the table, printed. Bounds are for one thread."""
+    got = measure(case, verb, threads, rounds)
+    bound = SMALL_BOUNDS.get(fragment_bytes, BOUNDS[verb] if fragment_bytes >= 64 * KIB else None)
+    bound = bound if threads == 1 else None
+    size = f"{fragment_bytes // KIB} KiB" if fragment_bytes >= KIB else f"{fragment_bytes} B"
+    print(
+        f"{verb:9} {shape:7}{size:>10}{threads:>9}{got['memcpy_gb_per_s']:>13.1f}{got['verified_gb_per_s']:>15.1f}"
+        f"{got['ratio']:>8.2f}{got['cost_percent']:>7.0f}%{f'>={bound}' if bound else '':>8}",
+        flush=True,
+    )
+    return {"verb": verb, "shape": shape, "fragment_bytes": fragment_bytes, "threads": threads, **got, "bound": bound}
 
 
 def main() -> int:

@@ -19,6 +19,10 @@
 
 namespace py = pybind11;
 
+#if LMCACHE_CUDA
+void bind_cuda(py::module_& module);  // bindings_cuda.cpp
+#endif
+
 namespace {
 
 using u8 = std::uint8_t;
@@ -83,8 +87,8 @@ u64 natural(const py::object& value, const char* name) {
 }
 
 struct Tables {
-    const py::buffer& segments;
-    const py::object& num_blocks;
+    const py::buffer& planes;
+    const py::buffer& groups;
     const py::buffer& blocks;
     const py::buffer& offsets;
     const py::buffer& seeds;
@@ -98,8 +102,8 @@ lmcache::Plan plan_of(lmcache::Direction direction, const View& pool, const Tabl
     plan.direction = direction;
     plan.pool = pool.data();
     plan.pool_bytes = pool.bytes();
-    plan.segments = View(tables.segments, "segments").rows<lmcache::Segment>();
-    plan.num_blocks = natural(tables.num_blocks, "num_blocks");
+    plan.planes = View(tables.planes, "planes").rows<lmcache::Plane>();
+    plan.groups = View(tables.groups, "groups").rows<lmcache::Group>();
     plan.blocks = View(tables.blocks, "blocks").rows<std::int64_t>();
     plan.offsets = View(tables.offsets, "offsets").rows<u64>();
     plan.seeds = View(tables.seeds, "seeds").rows<u64>();
@@ -127,20 +131,20 @@ std::vector<u64> run(const lmcache::Plan& plan) {
     return sums;
 }
 
-py::bytes store(const py::buffer& pool, const py::buffer& segments, const py::object& num_blocks,
-                const py::buffer& blocks, const py::buffer& offsets, const py::buffer& seeds,
+py::bytes store(const py::buffer& pool, const py::buffer& planes, const py::buffer& groups, const py::buffer& blocks,
+                const py::buffer& offsets, const py::buffer& seeds,
                 const py::object& threads) {
     const View memory(pool, "pool", true);
-    const Tables tables{segments, num_blocks, blocks, offsets, seeds, nullptr, threads};
+    const Tables tables{planes, groups, blocks, offsets, seeds, nullptr, threads};
     const std::vector<u64> sums = run(plan_of(lmcache::Direction::store, memory, tables));
     return py::bytes(reinterpret_cast<const char*>(sums.data()), sums.size() * sizeof(u64));
 }
 
-py::bytes retrieve(const py::buffer& pool, const py::buffer& segments, const py::object& num_blocks,
-                   const py::buffer& blocks, const py::buffer& offsets, const py::buffer& seeds,
+py::bytes retrieve(const py::buffer& pool, const py::buffer& planes, const py::buffer& groups, const py::buffer& blocks,
+                   const py::buffer& offsets, const py::buffer& seeds,
                    const py::buffer& checksums, const py::object& threads) {
     const View memory(pool, "pool");
-    const Tables tables{segments, num_blocks, blocks, offsets, seeds, &checksums, threads};
+    const Tables tables{planes, groups, blocks, offsets, seeds, &checksums, threads};
     const lmcache::Plan plan = plan_of(lmcache::Direction::retrieve, memory, tables);
     const std::vector<u64> sums = run(plan);
     std::string verdicts(sums.size(), '\0');
@@ -227,13 +231,16 @@ PYBIND11_MODULE(_native, module) {
     module.def("features", [] { return std::string(lmcache::best_kernels().name); });
     module.def("xxh3_64", xxh3_64, py::arg("data"), py::arg("seed") = 0);
     module.def("checksum", checksum, py::arg("data"), py::arg("seed"));
-    module.def("store", store, py::arg("pool"), py::arg("segments"), py::arg("num_blocks"), py::arg("blocks"),
+    module.def("store", store, py::arg("pool"), py::arg("planes"), py::arg("groups"), py::arg("blocks"),
                py::arg("offsets"), py::arg("seeds"), py::arg("threads"));
-    module.def("retrieve", retrieve, py::arg("pool"), py::arg("segments"), py::arg("num_blocks"), py::arg("blocks"),
+    module.def("retrieve", retrieve, py::arg("pool"), py::arg("planes"), py::arg("groups"), py::arg("blocks"),
                py::arg("offsets"), py::arg("seeds"), py::arg("checksums"), py::arg("threads"));
     module.def("pack_tokens", pack_tokens, py::arg("tokens"));
     module.def("guard", guard, py::arg("memory"));
     module.def("unguard", lmcache::unguard, py::arg("slot"));
     module.def("lost", lost, py::arg("memory"));
     module.def("populate", populate, py::arg("pool"), py::arg("offset"), py::arg("length"));
+#if LMCACHE_CUDA
+    bind_cuda(module);
+#endif
 }

@@ -12,11 +12,28 @@ namespace lmcache {
 using Accumulate = void (*)(std::uint64_t* lanes, const std::uint8_t* src, std::uint8_t* dst, std::size_t bytes,
                             const std::uint8_t* secret);
 
+inline constexpr std::size_t kAheadBytes = 4096;
+
+// A run of bytes among others; null: these bytes are written nowhere.
+struct Piece {
+    std::uint8_t* at;
+    std::size_t bytes;
+};
+
+// What Accumulate does for bytes that lie in pieces on one side, each a whole number of stripes. A Gather finds behind
+// its `count` pieces those that will be read next, kAheadBytes of them, and fetches these ahead.
+using Gather = void (*)(std::uint64_t* lanes, const Piece* pieces, std::size_t count, std::uint8_t* dst,
+                        const std::uint8_t* secret);
+using Scatter = void (*)(std::uint64_t* lanes, const std::uint8_t* src, const Piece* pieces, std::size_t count,
+                         const std::uint8_t* secret);
+
 struct Kernels {
     const char* name;
     Accumulate hash;    // writes nothing, dst is ignored
     Accumulate copy;    // ordinary stores, dst at any address
     Accumulate stream;  // non-temporal stores, dst on a 64-byte boundary
+    Gather gather;      // non-temporal stores, dst on a 64-byte boundary
+    Scatter scatter;    // non-temporal stores where a piece is on a 64-byte boundary
     void (*stream_bytes)(std::uint8_t* dst, const std::uint8_t* src, std::size_t bytes);  // any address, any length
     void (*fence)();    // orders the non-temporal stores of this thread before what it does next
 };

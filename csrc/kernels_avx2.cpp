@@ -19,7 +19,6 @@ public:
 
     template <Write W>
     void stripe(const std::uint8_t* src, std::uint8_t* dst, const std::uint8_t* secret) {
-        prefetch(src);
         __m256i low = load(src);
         __m256i high = load(src + 32);
         asm volatile("" : "+x"(low), "+x"(high));  // src may change under us: keeps the compiler from loading it again
@@ -77,6 +76,8 @@ const Kernels avx2_kernels{
     accumulate<Avx2Lanes, Write::none>,
     accumulate<Avx2Lanes, Write::plain>,
     accumulate<Avx2Lanes, Write::stream>,
+    gather<Avx2Lanes>,
+    scatter<Avx2Lanes>,
     stream_bytes<Avx2Lanes>,
     fence,
 };

@@ -14,7 +14,6 @@ public:
 
     template <Write W>
     void stripe(const std::uint8_t* src, std::uint8_t* dst, const std::uint8_t* secret) {
-        prefetch(src);
         __m512i data = _mm512_loadu_si512(src);
         asm volatile("" : "+v"(data));  // src may change under us: keeps the compiler from loading it a second time
         const __m512i mixed = _mm512_xor_si512(data, _mm512_loadu_si512(secret));
@@ -50,6 +49,8 @@ const Kernels avx512_kernels{
     accumulate<Avx512Lanes, Write::none>,
     accumulate<Avx512Lanes, Write::plain>,
     accumulate<Avx512Lanes, Write::stream>,
+    gather<Avx512Lanes>,
+    scatter<Avx512Lanes>,
     stream_bytes<Avx512Lanes>,
     fence,
 };

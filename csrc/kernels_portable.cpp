@@ -52,6 +52,8 @@ const Kernels portable_kernels{
     accumulate<PortableLanes, Write::none>,
     accumulate<PortableLanes, Write::plain>,
     accumulate<PortableLanes, Write::plain>,
+    gather<PortableLanes>,
+    scatter<PortableLanes>,
     copy_bytes,
     no_fence,
 };

@@ -27,6 +27,48 @@ u64 load(const Kernels& kernels, const u8* src, u8* dst, std::size_t bytes) {
     return xxh3_64(kernels, dst, bytes, 0);
 }
 
+// The pieces of a leaf, joined where they lie side by side.
+class Pieces {
+public:
+    // Moves `fragments` on by `bytes`; what follows is kept, too, for a Gather. False, and nothing moved, where a piece
+    // is no whole number of stripes.
+    bool collect(Fragments& fragments, std::size_t bytes, std::size_t ahead_bytes) {
+        Fragments next = fragments;
+        if (!add(next, bytes)) return false;
+        count_ = end_;
+        Fragments ahead = next;  // behind the last byte of a chunk it goes on anywhere: it is only fetched
+        if (!add(ahead, ahead_bytes)) return false;
+        fragments = next;
+        return true;
+    }
+    const Piece* begin() const { return pieces_; }
+    std::size_t count() const { return count_; }
+
+private:
+    bool add(Fragments& fragments, std::size_t bytes) {
+        const std::size_t first = end_;
+        for (std::size_t piece = 0; bytes != 0; bytes -= piece) {
+            piece = std::min<u64>(fragments.left(), bytes);
+            u8* const here = fragments.here();
+            if (piece % kLineBytes != 0) return false;
+            fragments.advance(piece);
+            if (end_ > first && follows(pieces_[end_ - 1], here)) {
+                pieces_[end_ - 1].bytes += piece;
+            } else {
+                pieces_[end_++] = {here, piece};
+            }
+        }
+        return true;
+    }
+    static bool follows(const Piece& piece, const u8* here) {
+        return here == nullptr ? piece.at == nullptr : piece.at != nullptr && here == piece.at + piece.bytes;
+    }
+
+    Piece pieces_[(kLeafBytes + kAheadBytes) / kLineBytes];
+    std::size_t end_ = 0;
+    std::size_t count_ = 0;
+};
+
 template <class Copy>
 void each_piece(Fragments& fragments, std::size_t bytes, Copy copy) {
     for (std::size_t at = 0; at < bytes;) {
@@ -39,33 +81,62 @@ void each_piece(Fragments& fragments, std::size_t bytes, Copy copy) {
 
 }  // namespace
 
-Fragments::Fragments(const Plan& plan, std::size_t chunk, std::uint64_t at)
-    : plan_(&plan), row_(plan.row(chunk)), block_(static_cast<std::size_t>(at / plan.block_bytes)) {
-    const u64 in_block = at % plan.block_bytes;
-    const auto end = std::upper_bound(plan.ends.begin(), plan.ends.end(), in_block);
-    segment_ = static_cast<std::size_t>(end - plan.ends.begin());
-    done_ = in_block - (*end - plan.segments[segment_].bytes);
+Fragments::Fragments(const Plan& plan, std::size_t chunk, std::uint64_t at) : plan_(&plan), row_(plan.row(chunk)) {
+    const auto after = std::upper_bound(plan.starts.begin(), plan.starts.end(), at);
+    const auto plane = static_cast<std::size_t>(after - plan.starts.begin()) - 1;
+    u64 rest = at - plan.starts[plane];
+    enter_plane(plane);
+    block_ = static_cast<std::size_t>(rest / block_bytes(*plane_));
+    rest %= block_bytes(*plane_);
+    done_ = rest % plane_->run;
+    rest /= plane_->run;
+    for (std::size_t dim = kDims; dim-- > 0; rest /= plane_->dims[dim].count) {
+        index_[dim] = rest % plane_->dims[dim].count;
+    }
+    locate();
 }
 
-std::uint8_t* Fragments::here() const {
-    const std::int64_t id = row_[block_];
-    if (id == kNoBlock) return nullptr;
-    const Segment& segment = plan_->segments[segment_];
-    return reinterpret_cast<u8*>(segment.address + static_cast<u64>(id) * segment.stride + done_);
+void Fragments::enter_plane(std::size_t plane) {
+    const std::size_t end = plane + 1 < plan_->planes.size() ? plan_->starts[plane + 1] : plan_->extent_bytes;
+    plane_ = &plan_->planes[plane];
+    const std::size_t num_blocks = (end - plan_->starts[plane]) / block_bytes(*plane_);
+    ids_ = row_.subspan(plan_->first_block[plane], num_blocks);
 }
 
-void Fragments::advance(std::uint64_t bytes) {
-    done_ += bytes;
-    if (done_ < plan_->segments[segment_].bytes) return;
-    done_ = 0;
-    if (++segment_ < plan_->segments.size()) return;
-    segment_ = 0;
-    ++block_;
+void Fragments::locate() {
+    const std::int64_t id = ids_[block_];
+    is_block_ = id != kNoBlock;
+    run_ = run_address(*plane_, static_cast<u64>(id), index_[0], index_[1], index_[2]);
+}
+
+void Fragments::carry() {
+    index_[2] = 0;
+    if (++index_[1] == plane_->dims[1].count) {
+        index_[1] = 0;
+        if (++index_[0] == plane_->dims[0].count) {
+            index_[0] = 0;
+            if (++block_ == ids_.size()) {
+                block_ = 0;
+                const auto plane = static_cast<std::size_t>(plane_ - plan_->planes.data()) + 1;
+                if (plane == plan_->planes.size()) return;  // the end of the chunk
+                enter_plane(plane);
+            }
+        }
+    }
+    locate();
 }
 
 std::uint64_t store_leaf(const Kernels& kernels, Fragments& from, std::uint8_t* pool, std::size_t bytes) {
     alignas(kLineBytes) u8 buffer[kLeafBytes];
     const bool streams = fusable(bytes) && aligned(pool);
+    if (streams && from.left() < bytes + kAheadBytes) {
+        // One pass over the pieces with a scout ahead: store of 1 KiB fragments 1.2 x memcpy, of 4 KiB 1.3; a pass that
+        // gathers into a buffer before one that hashes: 0.68 and 0.69 (benchmarks/verified_copy.py, EPYC with AVX-512).
+        Pieces pieces;
+        if (pieces.collect(from, bytes, kAheadBytes)) {
+            return xxh3_64_gather(kernels.gather, pieces.begin(), pieces.count(), pool, bytes);
+        }
+    }
     if (from.left() >= bytes) {
         const u8* src = from.here();
         from.advance(bytes);
@@ -94,6 +165,12 @@ std::uint64_t retrieve_leaf(const Kernels& kernels, const std::uint8_t* pool, Fr
         // with them and 0.9 x with ordinary ones, which first read the lines they overwrite. So do they for pieces of a
         // leaf, from 512 bytes (0.65 against 0.45) to 8 KiB (1.2 against 0.76).
         return xxh3_64_through(aligned(dst) ? kernels.stream : kernels.copy, pool, dst, bytes);
+    }
+    if (fusable(bytes)) {
+        Pieces pieces;
+        if (pieces.collect(to, bytes, 0)) {
+            return xxh3_64_scatter(kernels.scatter, pool, pieces.begin(), pieces.count(), bytes);
+        }
     }
     alignas(kLineBytes) u8 buffer[kLeafBytes];
     const u64 hash = load(kernels, pool, buffer, bytes);

@@ -124,10 +124,12 @@ u64 hash_short(const u8* data, std::size_t bytes, u64 seed) {
     return avalanche_xxh64(seed ^ read64(kSecret + 56) ^ read64(kSecret + 64));
 }
 
-u64 hash_long(Accumulate kernel, const u8* src, u8* dst, std::size_t bytes, const u8* secret) {
+// `fold_in` folds all bytes into the lanes.
+template <class FoldIn>
+u64 hash_long(std::size_t bytes, const u8* secret, FoldIn fold_in) {
     alignas(64) u64 lanes[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
                                 kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
-    kernel(lanes, src, dst, bytes, secret);
+    fold_in(lanes);
     u64 hash = bytes * kPrime64_1;
     for (std::size_t i = 0; i < 4; ++i) {
         const u8* with = secret + kMergeAt + 16 * i;
@@ -140,17 +142,27 @@ u64 hash_long(Accumulate kernel, const u8* src, u8* dst, std::size_t bytes, cons
 
 std::uint64_t xxh3_64(const Kernels& kernels, const std::uint8_t* data, std::size_t bytes, std::uint64_t seed) {
     if (bytes <= kShortBytesMax) return hash_short(data, bytes, seed);
-    if (seed == 0) return hash_long(kernels.hash, data, nullptr, bytes, kSecret);
+    if (seed == 0) return xxh3_64_through(kernels.hash, data, nullptr, bytes);
     alignas(64) u8 secret[kSecretBytes];
     for (std::size_t i = 0; i < kSecretBytes; i += 16) {
         const u64 words[2] = {read64(kSecret + i) + seed, read64(kSecret + i + 8) - seed};
         std::memcpy(secret + i, words, sizeof words);
     }
-    return hash_long(kernels.hash, data, nullptr, bytes, secret);
+    return hash_long(bytes, secret, [&](u64* lanes) { kernels.hash(lanes, data, nullptr, bytes, secret); });
 }
 
 std::uint64_t xxh3_64_through(Accumulate kernel, const std::uint8_t* src, std::uint8_t* dst, std::size_t bytes) {
-    return hash_long(kernel, src, dst, bytes, kSecret);
+    return hash_long(bytes, kSecret, [&](u64* lanes) { kernel(lanes, src, dst, bytes, kSecret); });
+}
+
+std::uint64_t xxh3_64_gather(Gather kernel, const Piece* pieces, std::size_t count, std::uint8_t* dst,
+                             std::size_t bytes) {
+    return hash_long(bytes, kSecret, [&](u64* lanes) { kernel(lanes, pieces, count, dst, kSecret); });
+}
+
+std::uint64_t xxh3_64_scatter(Scatter kernel, const std::uint8_t* src, const Piece* pieces, std::size_t count,
+                              std::size_t bytes) {
+    return hash_long(bytes, kSecret, [&](u64* lanes) { kernel(lanes, src, pieces, count, kSecret); });
 }
 
 }  // namespace lmcache

@@ -17,4 +17,10 @@ std::uint64_t xxh3_64(const Kernels& kernels, const std::uint8_t* data, std::siz
 // Hash, seed 0, of more than kShortBytesMax bytes through one of the kernels, which may write them to dst on the way.
 std::uint64_t xxh3_64_through(Accumulate kernel, const std::uint8_t* src, std::uint8_t* dst, std::size_t bytes);
 
+// The same for bytes that lie in pieces: gathered to dst, or scattered to where the pieces are.
+std::uint64_t xxh3_64_gather(Gather kernel, const Piece* pieces, std::size_t count, std::uint8_t* dst,
+                             std::size_t bytes);
+std::uint64_t xxh3_64_scatter(Scatter kernel, const std::uint8_t* src, const Piece* pieces, std::size_t count,
+                              std::size_t bytes);
+
 }  // namespace lmcache

@@ -53,51 +53,114 @@ std::size_t some_length() {
 struct World {
     explicit World(Direction direction) {
         plan.direction = direction;
-        plan.num_blocks = 1 + below(6);
-        const std::size_t num_segments = 1 + below(4);
-        for (std::size_t i = 0; i < num_segments; ++i) {
-            const std::size_t bytes = some_length();
-            const std::size_t stride = bytes + (below(2) != 0 ? 0 : below(200));
-            const std::size_t skew = below(2) != 0 ? 0 : below(64);
-            memory.push_back(noise(skew + (plan.num_blocks - 1) * stride + bytes));
-            plan.segments.push_back({reinterpret_cast<u64>(memory.back().data() + skew), stride, bytes});
-            block_bytes += bytes;
-        }
         // A retrieve names each block at most once; a store may read one twice.
-        const std::size_t num_chunks = direction == Direction::store ? 1 + below(3) : 1 + below(plan.num_blocks);
-        const std::size_t per_chunk = direction == Direction::store ? 1 + below(4) : plan.num_blocks / num_chunks;
-        std::vector<std::int64_t> ids(num_chunks * per_chunk);
-        for (std::size_t i = 0; i < ids.size(); ++i) {
-            ids[i] = static_cast<std::int64_t>(direction == Direction::store ? below(plan.num_blocks) : i);
+        const std::size_t num_chunks = 1 + below(3);
+        const std::size_t num_groups = 1 + below(2);
+        for (std::size_t i = 0; i < num_groups; ++i) add_group(num_chunks);
+        std::vector<std::vector<std::int64_t>> ids(num_groups);
+        for (std::size_t i = 0; i < num_groups; ++i) ids[i] = some_ids(plan.groups[i], num_chunks);
+        for (std::size_t chunk = 0; chunk < num_chunks; ++chunk) {
+            for (std::size_t i = 0; i < num_groups; ++i) {
+                const auto per_chunk = static_cast<std::ptrdiff_t>(plan.groups[i].blocks_per_chunk);
+                const auto first = ids[i].begin() + static_cast<std::ptrdiff_t>(chunk) * per_chunk;
+                plan.blocks.insert(plan.blocks.end(), first, first + per_chunk);
+            }
         }
-        std::shuffle(ids.begin(), ids.end(), random_words);
-        if (direction == Direction::retrieve) {
-            for (std::int64_t& id : ids) id = below(3) == 0 ? kNoBlock : id;
-        }
-        plan.blocks = ids;
-        const std::size_t gap = below(2) != 0 ? 64 - block_bytes * per_chunk % 64 : below(100);
+        const std::size_t gap = below(2) != 0 ? 64 - extent_bytes % 64 : below(100);
         const std::size_t start = below(2) != 0 ? 0 : below(100);
         for (std::size_t i = 0; i < num_chunks; ++i) {
-            plan.offsets.push_back(start + i * (block_bytes * per_chunk + gap));
+            plan.offsets.push_back(start + i * (extent_bytes + gap));
             plan.seeds.push_back(random_words());
         }
         std::shuffle(plan.offsets.begin(), plan.offsets.end(), random_words);
-        pool = noise(start + num_chunks * (block_bytes * per_chunk + gap) - gap);
+        pool = noise(start + num_chunks * (extent_bytes + gap) - gap);
         plan.pool = pool.data();
         plan.pool_bytes = pool.size();
         plan.checksums.resize(direction == Direction::retrieve ? num_chunks : 0);
         plan.threads = 1 + static_cast<unsigned>(below(3));
         check(plan);
+        REQUIRE(plan.extent_bytes == extent_bytes);
     }
 
-    // Calls back for each segment of each block of a chunk: (engine's address or null, pool's address, bytes).
+    void add_group(std::size_t num_chunks) {
+        Group group{1 + below(3), 0, 1 + below(3)};
+        group.num_blocks = num_chunks * group.blocks_per_chunk + below(3);
+        for (std::size_t i = 0; i < group.num_planes; ++i) {
+            plan.planes.push_back(some_plane(group.num_blocks));
+            extent_bytes += block_bytes(plan.planes.back()) * group.blocks_per_chunk;
+        }
+        plan.groups.push_back(group);
+    }
+
+    // Blocks and dims lie around the run in any order, with gaps, forwards or backwards.
+    Plane some_plane(u64 num_blocks) {
+        Plane plane{};
+        plane.run = in_lines ? 64 * (1 + below(80)) : some_length();
+        Dim blocks{num_blocks, 0};
+        std::vector<Dim*> order{&blocks};
+        for (Dim& dim : plane.dims) {
+            dim.count = plane.run > 2000 || below(2) != 0 ? 1 : 1 + below(4);
+            order.push_back(&dim);
+        }
+        std::shuffle(order.begin(), order.end(), random_words);
+        u64 reach = plane.run;
+        u64 first = below(2) != 0 ? 0 : below(64);
+        for (Dim* dim : order) {
+            dim->stride = reach + (below(2) != 0 ? 0 : 64 * below(4) + (in_lines ? 0 : below(64)));
+            reach += (dim->count - 1) * dim->stride;
+        }
+        if (in_lines) first = 63;
+        memory.push_back(noise(first + reach));
+        if (in_lines) first -= (reinterpret_cast<u64>(memory.back().data()) + first) % 64;
+        for (Dim* dim : order) {
+            if (below(4) != 0) continue;
+            first += (dim->count - 1) * dim->stride;
+            dim->stride = 0 - dim->stride;
+        }
+        plane.address = reinterpret_cast<u64>(memory.back().data()) + first;
+        plane.block_stride = blocks.stride;
+        return plane;
+    }
+
+    std::vector<std::int64_t> some_ids(const Group& group, std::size_t num_chunks) const {
+        std::vector<std::int64_t> ids(group.num_blocks);
+        for (std::size_t i = 0; i < ids.size(); ++i) {
+            ids[i] = static_cast<std::int64_t>(plan.direction == Direction::store ? below(group.num_blocks) : i);
+        }
+        std::shuffle(ids.begin(), ids.end(), random_words);
+        ids.resize(num_chunks * group.blocks_per_chunk);
+        if (plan.direction == Direction::retrieve) {
+            for (std::int64_t& id : ids) id = below(3) == 0 ? kNoBlock : id;
+        }
+        return ids;
+    }
+
+    // Calls back for each run of a chunk: (engine's address or null, pool's address, bytes).
     void each(std::size_t chunk, const std::function<void(u8*, u8*, std::size_t)>& visit) {
         u8* at = pool.data() + plan.offsets[chunk];
-        for (const std::int64_t id : plan.row(chunk)) {
-            for (const Segment& segment : plan.segments) {
-                u8* here = reinterpret_cast<u8*>(segment.address + static_cast<u64>(id) * segment.stride);
-                visit(id == kNoBlock ? nullptr : here, at, segment.bytes);
-                at += segment.bytes;
+        const std::int64_t* row = plan.row(chunk).data();
+        const Plane* plane = plan.planes.data();
+        for (const Group& group : plan.groups) {
+            for (const Plane* end = plane + group.num_planes; plane != end; ++plane) {
+                for (u64 block = 0; block < group.blocks_per_chunk; ++block) {
+                    each_run(*plane, row[block], [&](u8* here) {
+                        visit(here, at, plane->run);
+                        at += plane->run;
+                    });
+                }
+            }
+            row += group.blocks_per_chunk;
+        }
+    }
+
+    static void each_run(const Plane& plane, std::int64_t id, const std::function<void(u8*)>& visit) {
+        for (u64 i = 0; i < plane.dims[0].count; ++i) {
+            for (u64 j = 0; j < plane.dims[1].count; ++j) {
+                for (u64 k = 0; k < plane.dims[2].count; ++k) {
+                    const u64 at = plane.address + static_cast<u64>(id) * plane.block_stride +
+                                   i * plane.dims[0].stride + j * plane.dims[1].stride + k * plane.dims[2].stride;
+                    visit(id == kNoBlock ? nullptr : reinterpret_cast<u8*>(at));
+                }
             }
         }
     }
@@ -112,7 +175,8 @@ struct World {
     Plan plan{};
     std::vector<Bytes> memory;
     Bytes pool;
-    std::size_t block_bytes = 0;
+    std::size_t extent_bytes = 0;
+    const bool in_lines = below(2) != 0;  // all of the engine's runs are whole cache lines
 };
 
 void hashes_agree_on_every_instruction_set() {
@@ -173,22 +237,34 @@ void a_changed_byte_changes_its_own_checksum_only(const Kernels& kernels) {
 void a_plan_that_does_not_fit_is_refused() {
     const std::function<void(Plan&)> spoilers[] = {
         [](Plan& plan) { plan.threads = 0; },
-        [](Plan& plan) { plan.num_blocks = 0; },
-        [](Plan& plan) { plan.segments.clear(); },
-        [](Plan& plan) { plan.segments[0].address = 0; },
-        [](Plan& plan) { plan.segments[0].bytes = 0; },
-        [](Plan& plan) { plan.segments[0].bytes = ~u64{0}; },
+        [](Plan& plan) { plan.groups.clear(); },
+        [](Plan& plan) { plan.planes.clear(); },
+        [](Plan& plan) { plan.planes.push_back(plan.planes[0]); },
+        [](Plan& plan) { plan.groups[0].num_planes = 0; },
+        [](Plan& plan) { plan.groups[0].num_planes = ~u64{0}; },
+        [](Plan& plan) { plan.groups[0].num_blocks = 0; },
+        [](Plan& plan) { plan.groups[0].num_blocks = ~u64{0}; },
+        [](Plan& plan) { plan.groups[0].blocks_per_chunk = 0; },
+        [](Plan& plan) { plan.groups[0].blocks_per_chunk = ~u64{0}; },
+        [](Plan& plan) { plan.planes[0].address = 0; },
+        [](Plan& plan) { plan.planes[0].run = 0; },
+        [](Plan& plan) { plan.planes[0].run = ~u64{0}; },
+        [](Plan& plan) { plan.planes[0].dims[1].count = 0; },
+        [](Plan& plan) { plan.planes[0].dims[2] = {~u64{0}, 1 << 20}; },
+        [](Plan& plan) { plan.planes[0].dims[0] = {2, plan.planes[0].run - 1}; },
+        [](Plan& plan) { plan.planes[0].dims[0] = {2, u64{1} << 63}; },
         [](Plan& plan) { plan.seeds.pop_back(); },
         [](Plan& plan) { plan.blocks.clear(); },
-        [](Plan& plan) { plan.blocks[0] = static_cast<std::int64_t>(plan.num_blocks); },
+        [](Plan& plan) { plan.blocks[0] = static_cast<std::int64_t>(plan.groups[0].num_blocks); },
         [](Plan& plan) { plan.blocks[0] = -2; },
         [](Plan& plan) { plan.offsets[0] = plan.pool_bytes; },
         [](Plan& plan) { plan.offsets[0] = ~u64{0}; },
     };
     for (const auto& spoil : spoilers) {
         World world(below(2) != 0 ? Direction::store : Direction::retrieve);
-        world.plan.ends.clear();
-        world.plan.block_bytes = 0;
+        world.plan.starts.clear();
+        world.plan.first_block.clear();
+        world.plan.blocks_per_chunk = world.plan.extent_bytes = 0;
         spoil(world.plan);
         bool refused = false;
         try {

@@ -19,9 +19,20 @@ from safetensors.torch import load_file, save_file
 from vllm import EngineArgs, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request
 
+from lmcache.connectors.vllm.groups import Group, Groups
 from lmcache.connectors.vllm.identity import Bypass, engine_fields
 from lmcache.connectors.vllm.tracker import KeyChain
 from lmcache.errors import LayoutError
@@ -127,10 +138,78 @@ def test_the_instruction_set_that_packs_blocks_counts(
     assert digest(tiny) != reference
 
 
-def test_several_kv_groups_are_refused(tiny: Path) -> None:
+def windowed_config(window: int, *more: KVCacheGroupSpec) -> KVCacheConfig:
+    """A group of full attention and one of a sliding window."""
     kv = kv_config()
-    with pytest.raises(LayoutError, match="2 KV cache groups"):
-        digest(tiny, dataclasses.replace(kv, kv_cache_groups=kv.kv_cache_groups * 2))
+    group = KVCacheGroupSpec(["c"], SlidingWindowSpec(**SPEC, sliding_window=window))
+    return dataclasses.replace(kv, kv_cache_groups=[*kv.kv_cache_groups, group, *more])
+
+
+def test_every_kv_group_counts(tiny: Path, reference: bytes) -> None:
+    kinds = [windowed_config(512), windowed_config(256), kv_config(layers=("a", "b", "c"))]
+    kinds.append(dataclasses.replace(kinds[0], kv_cache_groups=kinds[0].kv_cache_groups[::-1]))
+    assert len({reference, *(digest(tiny, kv) for kv in kinds)}) == 5
+
+
+def test_what_a_request_s_tables_are_is_read_from_the_specs() -> None:
+    groups = Groups.of(windowed_config(512))
+    assert groups == Groups((Group(128), Group(128, 512)))
+    assert (groups.are_plain, groups.are_windowed) == (False, True)
+    assert Groups.of(kv_config()).are_plain
+    groups.check_chunk(256)
+    with pytest.raises(LayoutError, match="--chunk-size 256"):
+        groups.check_chunk(200)
+
+
+def test_a_load_writes_no_block_that_the_engine_has_already_or_that_vllm_has_taken() -> None:
+    groups = Groups((Group(128), Group(64, 100)))
+    tables = [[11, 12, 13, 14], [0, 0, 0, 0, 0, 26, 27, 28]]
+    assert groups.num_whole_chunks(tables, 256) == 2
+    assert groups.row(tables, 1, 256) == [13, 14, -1, 26, 27, 28]
+    assert groups.row(tables, 0, 256, start=128) == [-1, 12, -1, -1, -1, -1]
+    assert groups.row(tables, 1, 256, start=384, stop=449) == [-1, 14, -1, -1, 27, 28]
+    assert groups.windowed_blocks([13, 14, 25, 26, 27, 28], 256) == [25, 26, 27, 28]
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        (MambaSpec(block_size=128, shapes=((8, 8),), dtypes=(torch.float32,)), "Mamba"),
+        (ChunkedLocalAttentionSpec(**SPEC, attention_chunk_size=256), "ChunkedLocalAttentionSpec"),
+        (FullAttentionSpec(**SPEC, non_causal=True), "later tokens"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_kinds_of_kv_that_are_not_understood_are_refused(spec: KVCacheSpec, why: str) -> None:
+    with pytest.raises(LayoutError, match=why):
+        Groups.of(windowed_config(512, KVCacheGroupSpec(["d"], spec)))
+
+
+def test_canonical_chunks_do_not_depend_on_block_size_or_physical_order(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator whose kernels read a block element by element; the machine's own platform stands in for it."""
+    config = EngineArgs(model=str(tiny), dtype="float32", max_model_len=4096).create_engine_config()
+    config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
+    kind = type(current_platform)
+    monkeypatch.setattr(kind, "is_cpu", lambda _: False)
+    monkeypatch.setattr(kind, "device_type", "cuda")
+    monkeypatch.setattr(kind, "device_name", "cuda", raising=False)
+
+    def layout(kv: KVCacheConfig) -> bytes:
+        return namespace({"layout": engine_fields(config, kv)["layout"]})
+
+    same = [
+        kv_config(),
+        kv_config(block_size=16),
+        dataclasses.replace(kv_config(), kv_cache_layout="BLHNC"),
+        dataclasses.replace(kv_config(), num_blocks=99),
+    ]
+    assert len({layout(kv) for kv in same}) == 1
+    others = [kv_config(num_kv_heads=4), kv_config(dtype=torch.bfloat16), kv_config(layers=("a",)), kv_config()]
+    assert len({layout(kv) for kv in others}) == len(others)
+    config.attention_config.backend = None  # the worker's choice is not known here: whole blocks
+    assert layout(kv_config()) != layout(kv_config(block_size=16))
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

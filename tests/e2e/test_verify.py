@@ -40,7 +40,8 @@ def retrieve(self, pool, plan, checksums, threads):
     if num > {BAD_CHUNK}:
         width = len(plan.blocks) // num
         blocks = plan.blocks[{BAD_CHUNK} * width : {BAD_CHUNK + 1} * width]
-        honest(self, pool, Plan.of(blocks, plan.offsets[:1], plan.seeds[:1]), checksums[:1], threads)
+        part = Plan.of(plan.chunk_tokens, blocks, plan.offsets[:1], plan.seeds[:1])
+        honest(self, pool, part, checksums[:1], threads)
     return failed
 
 

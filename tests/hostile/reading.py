@@ -29,8 +29,8 @@ def main(how: str) -> None:
     assert not pool.is_whole
     blocks = mmap.mmap(-1, EXTENT)
     address = ctypes.addressof(ctypes.c_char.from_buffer(blocks))
-    segments = array("Q", [address, EXTENT, EXTENT])
-    rows = (segments, 1, array("q", [0]), array("Q", [32 << 20]), array("Q", [1]))
+    planes = array("Q", [address, EXTENT, 1, 0, 1, 0, 1, 0, EXTENT])
+    rows = (planes, array("Q", [1, 1, 1]), array("q", [0]), array("Q", [32 << 20]), array("Q", [1]))
     try:
         if how == "checksum":
             _native.checksum(memoryview(pool.buffer)[32 << 20 : (32 << 20) + EXTENT], 1)

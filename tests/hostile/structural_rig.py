@@ -29,6 +29,7 @@ from lmcache.wire import messages as m
 
 BLOCK_BYTES = 1024  # of one layer
 NUM_LAYERS, CHUNK_BLOCKS = 2, 2
+BLOCK_TOKENS = 256 // CHUNK_BLOCKS  # 256: the server's chunk
 EXTENT_BYTES = BLOCK_BYTES * NUM_LAYERS * CHUNK_BLOCKS  # one page
 NUM_BLOCKS = 512
 STORED_FROM, LOADED_INTO = 0, NUM_BLOCKS // 2
@@ -53,10 +54,11 @@ class Memory:
                 (BLOCK_BYTES, 1),
                 1,
                 ctypes.addressof(ctypes.c_char.from_buffer(layer)),
+                "uint8",
             )
             for number, layer in enumerate(self.layers)
         ]
-        self.layout = make_layout(specs, NUM_BLOCKS)
+        self.layout = make_layout(specs, NUM_BLOCKS, BLOCK_TOKENS)
 
     def write(self, first_block: int, data: bytes) -> None:
         """One chunk."""
@@ -305,8 +307,8 @@ def registration(role: str) -> m.Register:
     if role == "scheduler":
         return m.Register(0, "scheduler", "tiny", "structural", 0, 1, 0)
     group = m.KernelGroup(
-        num_layers=NUM_LAYERS, num_blocks=NUM_BLOCKS, block_tokens=16, num_heads=1, head_size=64, dtype="torch.uint8",
-        is_mla=False, attention_backend="TEST", shape="NL", concrete_shape="2",
+        num_layers=NUM_LAYERS, num_blocks=NUM_BLOCKS, block_tokens=BLOCK_TOKENS, num_heads=1, head_size=64,
+        dtype="torch.uint8", is_mla=False, attention_backend="TEST", shape="NL", concrete_shape="2",
     )  # fmt: skip
     return m.Register(0, "worker", "tiny", "structural", 0, 1, EXTENT_BYTES, (0,), (group,))
 

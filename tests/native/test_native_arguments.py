@@ -15,12 +15,12 @@ BIG = 2**64 - 1
 
 def arguments() -> dict[str, Any]:
     """A plan that is right: two chunks of two blocks each."""
-    world = worlds.World([4096, 100], 4, [(2, 0), (3, 1)])
+    world = worlds.World.of_runs([4096, 100], 4, [(2, 0), (3, 1)])
     return {
         "world": world,
         "pool": world.pool,
-        "segments": world.segments,
-        "num_blocks": world.num_blocks,
+        "planes": world.planes,
+        "groups": world.group_rows,
         "blocks": world.blocks,
         "offsets": world.offsets,
         "seeds": world.seeds,
@@ -30,40 +30,54 @@ def arguments() -> dict[str, Any]:
 
 
 def call(verb: str, given: dict[str, Any]) -> bytes:
-    names = ["pool", "segments", "num_blocks", "blocks", "offsets", "seeds", "threads"]
+    names = ["pool", "planes", "groups", "blocks", "offsets", "seeds", "threads"]
     if verb == "retrieve":
         names.insert(-1, "checksums")
     result: bytes = getattr(_native, verb)(**{name: given[name] for name in names})
     return result
 
 
-def table(*rows: tuple[int, int, int]) -> Any:
-    return np.array(rows, np.uint64)
+def planes(address: int, block_stride: int, run: int, *dims: int) -> Any:
+    """A table of two planes, the second of which is right."""
+    dims = dims or (1, 0, 1, 0, 1, 0)
+    return np.array([[address, block_stride, *dims, run], [ADDRESS, 100, 1, 0, 1, 0, 1, 0, 100]], np.uint64)
 
 
 ADDRESS = 1 << 20
 
 WRONG: list[tuple[str, Any, str]] = [
-    ("segments", b"", "at least one segment"),
-    ("segments", b"\0" * 23, "no multiple of 24"),
-    ("segments", np.zeros(6, np.float64), "64-bit integers"),
-    ("segments", np.zeros((3, 3), np.int32), "64-bit integers"),
-    ("segments", np.zeros(6, ">u8"), "native byte order"),
-    ("segments", np.zeros((2, 6), np.uint64)[:, ::2], "contiguous"),
-    ("segments", table((0, 64, 64)), "null address"),
-    ("segments", table((ADDRESS, 64, 0)), "no bytes"),
-    ("segments", table((ADDRESS, 63, 64)), "longer than the distance"),
-    ("segments", table((ADDRESS, 2**63, 64)), "beyond the address space"),
-    ("segments", table((BIG - 64, 64, 64)), "beyond the address space"),
-    ("segments", table((ADDRESS, BIG, BIG)), "beyond the address space"),
-    ("num_blocks", 0, "num_blocks must be at least 1"),
-    ("num_blocks", -1, "num_blocks must be between"),
-    ("num_blocks", 2**70, "num_blocks must be between"),
-    ("num_blocks", 3, "block id 3 is not among 3 blocks"),
+    ("planes", b"", "more planes than there are"),
+    ("planes", b"\0" * 71, "no multiple of 72"),
+    ("planes", np.zeros(18, np.float64), "64-bit integers"),
+    ("planes", np.zeros((2, 9), np.int32), "64-bit integers"),
+    ("planes", np.zeros(18, ">u8"), "native byte order"),
+    ("planes", np.zeros((2, 18), np.uint64)[:, ::2], "contiguous"),
+    ("planes", planes(0, 64, 64), "plane 0 has a null address"),
+    ("planes", planes(ADDRESS, 64, 0), "plane 0 has no bytes"),
+    ("planes", planes(ADDRESS, 63, 64), "plane 0 has runs that overlap"),
+    ("planes", planes(ADDRESS, BIG - 62, 64), "plane 0 has runs that overlap"),
+    ("planes", planes(ADDRESS, 2**62, 64), "beyond the address space"),
+    ("planes", planes(BIG - 64, 64, 64), "beyond the address space"),
+    ("planes", planes(64, BIG - 63, 64), "beyond the address space"),
+    ("planes", planes(ADDRESS, 2**63 - 1, 2**63 - 1), "beyond the address space"),
+    ("planes", planes(ADDRESS, 64, 64, 0, 64, 1, 0, 1, 0), "counts nothing"),
+    ("planes", planes(ADDRESS, 64, 64, 1, 0, 2, 32, 1, 0), "runs that overlap"),
+    ("planes", planes(ADDRESS, 64, 64, 1, 0, 1, 0, 2**60, 2**60), "beyond the address space"),
+    ("planes", planes(ADDRESS, 64, 64, 2**40, 64, 2**40, 64, 1, 0), "beyond the address space"),
+    ("groups", b"", "at least one group"),
+    ("groups", np.array([[1, 4, 2]], np.uint64), "2 planes, but the groups have 1"),
+    ("groups", np.array([[3, 4, 2]], np.uint64), "more planes than there are"),
+    ("groups", np.array([[BIG, 4, 2]], np.uint64), "more planes than there are"),
+    ("groups", np.array([[0, 4, 2]], np.uint64), "or one has none"),
+    ("groups", np.array([[2, 0, 2]], np.uint64), "a group has no block"),
+    ("groups", np.array([[2, 4, 0]], np.uint64), "no block of a group"),
+    ("groups", np.array([[2, 4, BIG]], np.uint64), "longer than the address space"),
+    ("groups", np.array([[2, 3, 2]], np.uint64), "block id 3 is not among 3 blocks"),
+    ("groups", np.array([[1, 4, 1], [1, 1, 1]], np.uint64), "block id 1 is not among 1 blocks"),
     ("blocks", np.array([[2, 0], [4, 1]]), "block id 4 is not among 4 blocks"),
     ("blocks", np.array([[2, 0], [-2, 1]]), "block id -2"),
-    ("blocks", np.array([2, 0, 3]), "3 block ids do not divide into 2 chunks"),
-    ("blocks", np.zeros(0, np.int64), "do not divide"),
+    ("blocks", np.array([2, 0, 3]), "3 block ids are not 2 for each of 2 chunks"),
+    ("blocks", np.zeros(0, np.int64), "0 block ids are not 2"),
     ("offsets", np.zeros(0, np.uint64), "seeds"),
     ("offsets", np.zeros(3, np.uint64), "3 offsets but 2 seeds"),
     ("offsets", np.array([0, 10**6], np.uint64), "outside the pool"),
@@ -132,8 +146,7 @@ def test_checksums_must_be_one_a_chunk() -> None:
 
 def test_tables_may_be_raw_bytes_and_numbers_may_be_numpys() -> None:
     given = arguments()
-    for name in ("segments", "blocks", "offsets", "seeds", "checksums"):
+    for name in ("planes", "groups", "blocks", "offsets", "seeds", "checksums"):
         given[name] = given[name].tobytes()
-    given["num_blocks"] = np.int64(4)
     given["threads"] = np.uint8(2)
     assert call("retrieve", given) == b"\1\1"

@@ -1,4 +1,4 @@
-"""Store and retrieve against numpy: random segment tables, block orders, alignments, thread counts."""
+"""Store and retrieve against numpy: random planes, layer groups, block orders, alignments, thread counts."""
 
 from __future__ import annotations
 
@@ -14,23 +14,43 @@ EDGES = (1, 16, 64, 240, 241, 256, 1024, 4096, 16320, 16384, 16385, 32768, 65536
 
 
 @st.composite
+def some_planes(draw: st.DrawFn, num_blocks: int, rng: random.Random) -> list[worlds.PlaneWorld]:
+    """One layer group: long runs, or short ones in up to three dims."""
+    planes = []
+    for _ in range(draw(st.integers(1, 3))):
+        run = draw(st.sampled_from(EDGES) | st.integers(1, 40_000))
+        count = st.integers(1, 4 if run <= 4096 else 1)
+        counts = draw(st.tuples(count, count, count))
+        planes.append(worlds.PlaneWorld(num_blocks, run, counts, draw(st.sampled_from((0, 0, 1, 8, 63))), rng))
+    return planes
+
+
+@st.composite
 def some_world(draw: st.DrawFn, each_block_once: bool = False) -> worlds.World:
     """A random plan; ``each_block_once`` as a retrieve needs it, then with blocks of -1 among the others."""
-    lengths = draw(st.lists(st.sampled_from(EDGES) | st.integers(1, 40_000), min_size=1, max_size=4))
-    num_blocks = draw(st.integers(1, 6))
-    if each_block_once:
-        order = draw(st.permutations(range(num_blocks)))
-        per_chunk = draw(st.integers(1, num_blocks))
-        hidden = draw(st.sets(st.integers(0, num_blocks - 1)))
-        ids = [-1 if block in hidden else block for block in order]
-        rows = [tuple(ids[at : at + per_chunk]) for at in range(0, num_blocks - per_chunk + 1, per_chunk)]
-    else:
-        block = st.integers(0, num_blocks - 1)
-        per_chunk = draw(st.integers(1, 4))
-        rows = draw(st.lists(st.tuples(*[block] * per_chunk), min_size=1, max_size=3))
-    skew = draw(st.sampled_from((0, 0, 1, 8, 63)))
     rng = random.Random(draw(st.integers(0, 2**32)))
-    return worlds.World(lengths, num_blocks, rows, skew, draw(st.integers(1, 4)), rng)
+    num_chunks = draw(st.integers(1, 3))
+    groups, per_chunk, ids = [], [], []
+    for _ in range(draw(st.integers(1, 2))):
+        count = draw(st.integers(1, 3))
+        num_blocks = num_chunks * count + draw(st.integers(0, 2))
+        order = draw(st.permutations(range(num_blocks)))
+        if each_block_once:
+            hidden = draw(st.sets(st.integers(0, num_blocks - 1)))
+            order = [-1 if block in hidden else block for block in order]
+        else:
+            order = draw(st.lists(st.sampled_from(order), min_size=num_chunks * count, max_size=num_chunks * count))
+        groups.append(draw(some_planes(num_blocks, rng)))
+        per_chunk.append(count)
+        ids.append(order)
+    rows = [
+        tuple(
+            block for order, count in zip(ids, per_chunk, strict=True) for block in order[at * count : (at + 1) * count]
+        )
+        for at in range(num_chunks)
+    ]
+    skew = draw(st.sampled_from((0, 0, 1, 8, 63)))
+    return worlds.World(groups, rows, per_chunk, skew, draw(st.integers(1, 4)), rng)
 
 
 @settings(deadline=None)
@@ -71,14 +91,14 @@ def test_a_changed_byte_fails_exactly_its_chunk(world: worlds.World, data: st.Da
 
 
 def test_what_was_stored_under_another_seed_fails() -> None:
-    world = worlds.World([65536], 2, [(0,), (1,)])
+    world = worlds.World.of_runs([65536], 2, [(0,), (1,)])
     sums = world.store()
     world.seeds[1] += np.uint64(1)
     assert world.retrieve(sums) == b"\1\0"
 
 
 def test_blocks_of_minus_one_count_for_the_checksum_and_are_not_written() -> None:
-    world = worlds.World([16384, 1000], 4, [(2, 0), (3, 1)], threads=2)
+    world = worlds.World.of_runs([16384, 1000], 4, [(2, 0), (3, 1)], threads=2)
     sums = world.store()
     for part in world.memory:
         part[:] = 0
@@ -91,13 +111,13 @@ def test_blocks_of_minus_one_count_for_the_checksum_and_are_not_written() -> Non
 def test_one_large_chunk_is_shared_by_all_threads_with_the_same_result() -> None:
     sums = []
     for threads in (1, 2, 7, 64):
-        world = worlds.World([300_000, 1_000_001], 3, [(2, 0, 1)], threads=threads)
+        world = worlds.World.of_runs([300_000, 1_000_001], 3, [(2, 0, 1)], threads=threads)
         sums.append(world.store())
         assert world.extent(0).tobytes() == world.gathered(0)
     assert sums == [sums[0]] * 4
 
 
 def test_an_empty_plan_copies_nothing() -> None:
-    world = worlds.World([64], 1, [])
+    world = worlds.World.of_runs([64], 1, [])
     assert world.store() == []
     assert world.retrieve([]) == b""

@@ -27,7 +27,7 @@ WAIT_S = 20.0
 @pytest.fixture(scope="module")
 def large() -> worlds.World:
     """A plan of 64 MiB: long enough to be watched."""
-    return worlds.World([MIB], 64, [tuple(range(64))], threads=2)
+    return worlds.World.of_runs([MIB], 64, [tuple(range(64))], threads=2)
 
 
 @pytest.fixture

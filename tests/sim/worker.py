@@ -12,7 +12,7 @@ from lmcache.connectors.copier import CopyWorker, Outcome
 from lmcache.connectors.link import Address, Link
 from lmcache.keys import KEY_BYTES
 from lmcache.transfer import _native
-from lmcache.transfer.plan import Plan
+from lmcache.transfer.plan import Mark, Plan
 from lmcache.wire.messages import KernelGroup, Register
 
 from .kernel import Kernel, Process, Violation, check_alive
@@ -48,6 +48,15 @@ class Copies:
         self._oracle = oracle
         self._blocks = blocks
         self._extent_bytes = extent_bytes
+
+    def mark(self) -> Mark:
+        """Nothing: memory is the host's."""
+        return None
+
+    def prepare(self, pool: PoolMap, ready_bytes: int, chunk_tokens: int) -> bool:
+        """As the real one's."""
+        del chunk_tokens
+        return pool.populate(ready_bytes)
 
     def store(self, pool: PoolMap, plan: Plan, threads: int) -> bytes:
         """Blocks to extents, in halves."""

@@ -8,7 +8,7 @@ import random
 import struct
 from dataclasses import dataclass
 
-from lmcache.layout import Layout, Segment
+from lmcache.layout import LayerGroup, Layout, Plane
 
 _BLOCK_TOKENS = 16
 _PARTS = (64, 32, 16, 8, 4, 2, 1)
@@ -63,8 +63,8 @@ class HostMemory:
         # Only for the address: a view that stayed would keep the buffer from being closed.
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         step = 2 * shape.num_blocks * shape.part_bytes
-        segments = [Segment(base + part * step, shape.part_bytes, shape.part_bytes) for part in range(shape.num_parts)]
-        self.layout = Layout(tuple(segments), 2 * shape.num_blocks)
+        planes = [Plane(base + part * step, shape.part_bytes, (), shape.part_bytes) for part in range(shape.num_parts)]
+        self.layout = Layout((LayerGroup(tuple(planes), 2 * shape.num_blocks, shape.block_tokens),))
         source = random.Random(0)
         for start in self._parts():
             self._buffer[start : start + self._half] = source.randbytes(self._half)

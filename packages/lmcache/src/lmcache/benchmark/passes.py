@@ -189,7 +189,7 @@ class Runner:
             if granted.ticket:
                 line.client.call(Abort(0, ticket=granted.ticket), ANSWER_S)
             raise PassFailed(_CAUSES.get(missing[0] if missing else GRANTED, "not_granted"))
-        plan = Plan.of(self._blocks(first, stop), array("Q", granted.offsets), seeds_of(part))
+        plan = Plan.of(line.chunk_tokens, self._blocks(first, stop), array("Q", granted.offsets), seeds_of(part))
         checksums = self._engine.store(line.pool, plan, STORE_THREADS)
         committed = line.client.call(Commit(0, ticket=granted.ticket, checksums=checksums), ANSWER_S)
         if expected(committed, Committed).num_chunks != stop - first:
@@ -213,7 +213,7 @@ class Runner:
         started = time.monotonic()
         num_blocks = self._memory.shape.num_blocks
         blocks = range(num_blocks, 2 * num_blocks)
-        plan = Plan.of(blocks, array("Q", found.offsets), seeds_of(keys))
+        plan = Plan.of(line.chunk_tokens, blocks, array("Q", found.offsets), seeds_of(keys))
         failed = self._engine.retrieve(line.pool, plan, array("Q", found.checksums), LOAD_THREADS)
         line.client.call(Release(0, lease=found.lease, failed=array("I", failed).tobytes()), ANSWER_S)
         elapsed_s = time.monotonic() - started

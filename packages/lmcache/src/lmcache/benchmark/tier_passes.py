@@ -201,7 +201,8 @@ class TierRunner(Runner):
         started, stop = time.monotonic(), start + found.num_chunks
         source, num_blocks = self._blocks(start, stop), self._memory.shape.num_blocks
         blocks = range(num_blocks + source.start, num_blocks + source.stop)
-        plan = Plan.of(blocks, array("Q", found.offsets), seeds_of(keys[start * KEY_BYTES : stop * KEY_BYTES]))
+        seeds = seeds_of(keys[start * KEY_BYTES : stop * KEY_BYTES])
+        plan = Plan.of(line.chunk_tokens, blocks, array("Q", found.offsets), seeds)
         failed = self._engine.retrieve(line.pool, plan, array("Q", found.checksums), LOAD_THREADS)
         line.client.call(Release(0, lease=found.lease, failed=array("I", failed).tobytes()), ANSWER_S)
         if failed:

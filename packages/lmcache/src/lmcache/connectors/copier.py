@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from lmcache.connectors.link import Line, Link
 from lmcache.errors import PeerRefused, PeerSilent, WireError
 from lmcache.keys import KEY_BYTES, checksum_seed, tenant_id
-from lmcache.transfer.plan import CopyEngine, Plan
+from lmcache.transfer.plan import CopyEngine, Mark, Plan
 from lmcache.wire.messages import (
     GRANTED,
     HELD,
@@ -129,8 +129,8 @@ class CopyWorker:
         self._engine = engine
         self._rank = rank
         self._blocks_per_chunk = blocks_per_chunk
-        self._stores: queue.Queue[StoreJob | None] = queue.Queue(JOBS_MAX)
-        self._loads: queue.Queue[LoadJob | None] = queue.Queue(JOBS_MAX)
+        self._stores: queue.Queue[tuple[StoreJob, Mark] | None] = queue.Queue(JOBS_MAX)
+        self._loads: queue.Queue[tuple[LoadJob, Mark] | None] = queue.Queue(JOBS_MAX)
         self._shared = _Shared()
         self._talking: Line | None = None
         self._late: dict[int, float] = {}  # reservations given up: request id -> when it was sent
@@ -145,14 +145,14 @@ class CopyWorker:
     def store(self, job: StoreJob) -> None:
         """Begin a store; it may be dropped (full queue, full pool, no server), which is a future miss."""
         try:
-            self._stores.put_nowait(job)
+            self._stores.put_nowait((job, self._engine.mark()))
         except queue.Full:
             self._end(Outcome(job.id, is_load=False))
 
     def load(self, job: LoadJob) -> None:
         """Begin a load."""
         try:
-            self._loads.put_nowait(job)
+            self._loads.put_nowait((job, self._engine.mark()))
         except queue.Full:
             self._end(Outcome(job.id, is_load=True))
 
@@ -188,19 +188,20 @@ class CopyWorker:
 
     def _run_loads(self) -> None:
         _use_any_cpu()
-        while (job := self._loads.get()) is not None:
+        while (ordered := self._loads.get()) is not None:
+            job, mark = ordered
             outcome = Outcome(job.id, is_load=True)
             try:
-                outcome = self._load(job)
+                outcome = self._load(job, mark)
             except Exception:
                 logger.exception("a load failed unexpectedly; the engine recomputes it")
             self._end(outcome)
 
-    def _load(self, job: LoadJob) -> Outcome:
+    def _load(self, job: LoadJob, mark: Mark) -> Outcome:
         line = self._link.line
         if line is None or line.pool is None or line.server != job.server:
             return Outcome(job.id, is_load=True)
-        plan = Plan.of(job.blocks, job.offsets, self._seeds(job.keys))
+        plan = Plan.of(line.chunk_tokens, job.blocks, job.offsets, self._seeds(job.keys), mark)
         try:
             failed = self._engine.retrieve(line.pool, plan, job.checksums, LOAD_THREADS)
         except OSError as error:
@@ -221,14 +222,15 @@ class CopyWorker:
         while True:
             try:
                 # Not without end while a grant may still come that nobody waits for: it has to be given back.
-                job = self._stores.get(timeout=POPULATE_PAUSE_S if self._populating() or self._late else None)
+                ordered = self._stores.get(timeout=POPULATE_PAUSE_S if self._populating() or self._late else None)
             except queue.Empty:
                 self._give_back_late()
                 continue
-            if job is None:
+            if ordered is None:
                 break
+            job, mark = ordered
             try:
-                self._store(job)
+                self._store(job, mark)
             except (PeerSilent, WireError) as error:
                 logger.debug("a store was dropped: %s", error)
             except Exception:
@@ -243,7 +245,7 @@ class CopyWorker:
             with contextlib.suppress(PeerSilent):
                 self._abort_late(line)
 
-    def _store(self, job: StoreJob) -> None:
+    def _store(self, job: StoreJob, mark: Mark) -> None:
         line = self._line()
         if line is None or line.pool is None:
             return
@@ -254,10 +256,13 @@ class CopyWorker:
         for start in range(0, num_chunks, STORE_CHUNKS_MAX):
             stop = min(start + STORE_CHUNKS_MAX, num_chunks)
             keys = job.keys[start * KEY_BYTES : stop * KEY_BYTES]
-            if not self._store_part(line, job, keys, job.blocks[start * per_chunk : stop * per_chunk], per_chunk):
+            blocks = job.blocks[start * per_chunk : stop * per_chunk]
+            if not self._store_part(line, job, keys, blocks, per_chunk, mark):
                 return
 
-    def _store_part(self, line: Line, job: StoreJob, keys: bytes, blocks: tuple[int, ...], per_chunk: int) -> bool:
+    def _store_part(
+        self, line: Line, job: StoreJob, keys: bytes, blocks: tuple[int, ...], per_chunk: int, mark: Mark
+    ) -> bool:
         """Store some chunks; False when the rest of the job is pointless."""
         tenant = tenant_id(job.salt, line.tenant_secret)
         granted = self._reserve(line, Reserve(0, keys=keys, tenant=tenant, namespace=job.namespace))
@@ -275,9 +280,11 @@ class CopyWorker:
                 raise WireError("the server granted an extent without saying where")
             seeds = self._seeds(b"".join(keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in chosen))
             plan = Plan.of(
+                line.chunk_tokens,
                 [block for i in chosen for block in blocks[i * per_chunk : (i + 1) * per_chunk]],
                 [offsets[i] for i in chosen],
                 seeds,
+                mark,
             )
             assert line.pool is not None
             try:
@@ -329,7 +336,8 @@ class CopyWorker:
             line = self._line()
             if line is None or line.pool is None:
                 return True
-            if not line.pool.populate(line.ready_bytes) and line.ready_bytes < line.pool.size_bytes:
+            has_more = self._engine.prepare(line.pool, line.ready_bytes, line.chunk_tokens)
+            if not has_more and line.ready_bytes < line.pool.size_bytes:
                 pong = self._call(line, Ping(0), ANSWER_S)
                 if isinstance(pong, Pong):
                     line.ready_bytes = pong.ready_bytes

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lmcache.errors import LayoutError
-from lmcache.layout import Layout, Segment
+from lmcache.layout import LayerGroup, Layout, make_plane
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,12 +168,12 @@ def tensors_of(cache: Any, shapes: Sequence[LayerShape], num_tokens: int) -> lis
 
 
 def layout_of_tensors(tensors: Sequence[torch.Tensor], num_tokens: int) -> Layout:
-    """The layout of the first ``num_tokens`` (a multiple of BLOCK_TOKENS) of what ``tensors_of`` gave: in each block,
-    for each layer K then V, for each head BLOCK_TOKENS rows."""
-    segments = []
+    """The layout of the first ``num_tokens`` (a multiple of BLOCK_TOKENS) of what ``tensors_of`` gave, raw: for each
+    layer K then V, for each block, for each head BLOCK_TOKENS rows."""
+    planes = []
     for tensor in tensors:
         heads, _, size = tensor.shape
         run = BLOCK_TOKENS * size * tensor.element_size()
         step = tensor.stride(0) * tensor.element_size()
-        segments += [Segment(tensor.data_ptr() + head * step, run, run) for head in range(heads)]
-    return Layout(tuple(segments), num_tokens // BLOCK_TOKENS)
+        planes.append(make_plane(tensor.data_ptr(), run, [(heads, step)], run))
+    return Layout((LayerGroup(tuple(planes), num_tokens // BLOCK_TOKENS, BLOCK_TOKENS),))

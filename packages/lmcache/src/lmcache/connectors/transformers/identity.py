@@ -16,6 +16,7 @@ import transformers
 
 from lmcache.connectors.transformers.caches import BLOCK_TOKENS
 from lmcache.errors import LayoutError
+from lmcache.layout import FORM_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +58,7 @@ def engine_fields(model: Any, shapes: Sequence[LayerShape]) -> dict[str, Value]:
         "device": str(model.device.type),
         "ranks": (1, 1, 1),
         "layout": (
+            FORM_VERSION,
             BLOCK_TOKENS,
             tuple((s.key_heads, s.key_size, s.value_heads, s.value_size, str(s.dtype)) for s in shapes),
         ),

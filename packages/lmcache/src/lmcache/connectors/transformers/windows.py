@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from array import array
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lmcache.transfer.plan import CopyEngine, Plan
@@ -59,4 +60,5 @@ class Windows(CopyEngine):
         with self._lock:
             engine, _ = self._open[window]
         first = window * WINDOW_BLOCKS
-        return engine, Plan(array("q", (block - first for block in plan.blocks)), plan.offsets, plan.seeds)
+        blocks = array("q", (block - first for block in plan.blocks))
+        return engine, replace(plan, blocks=blocks)

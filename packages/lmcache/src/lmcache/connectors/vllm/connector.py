@@ -13,28 +13,29 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.v1.outputs import KVConnectorOutput
 
 from lmcache.connectors.copier import CopyWorker
 from lmcache.connectors.link import Address, Link
 from lmcache.connectors.session import SchedulerSession
+from lmcache.connectors.vllm.groups import Groups
 from lmcache.connectors.vllm.identity import engine_fields
 from lmcache.connectors.vllm.metadata import StepMetadata, StepReport
 from lmcache.connectors.vllm.ranks import Ranks
 from lmcache.connectors.vllm.scheduler import SchedulerHalf
-from lmcache.connectors.vllm.tensors import kernel_groups
+from lmcache.connectors.vllm.tensors import engine_layout, kernel_groups
 from lmcache.connectors.vllm.worker import WorkerHalf
 from lmcache.errors import LayoutError
 from lmcache.keys import namespace
-from lmcache.transfer.device import layout_of
-from lmcache.transfer.plan import CopyEngine
+from lmcache.transfer.device import make_engine
 from lmcache.wire.messages import Register
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
@@ -52,8 +53,15 @@ try:
 except ImportError:  # before vLLM 0.31
     _HIT_SOURCE = None
 
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-class LMCacheMPConnector(KVConnectorBase_V1):
+    _CAN_FAIL_WHOLE = True
+except ImportError:  # before vLLM 0.32
+    _CAN_FAIL_WHOLE = False
+
+
+class LMCacheMPConnector(KVConnectorBase_V1, SupportsHMA):
     """Reuses KV through an LMCache server on this machine; serves as if it were not there when there is none.
 
     The name is the one that vLLM has registered: MultiConnector looks connectors up by it. Settings in
@@ -71,7 +79,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             str(extra.get("lmcache.mp.host", "tcp://localhost")), int(extra.get("lmcache.mp.port", 5555))
         )
         self._ranks = Ranks.of(vllm_config, kv_cache_config)
-        self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        self._groups = self._understood_groups(kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -81,6 +89,8 @@ class LMCacheMPConnector(KVConnectorBase_V1):
     # --- scheduler's process ------------------------------------------------------------------------------------------
 
     def _make_scheduler(self) -> SchedulerHalf | None:
+        if self._groups is None:
+            return None
         try:
             fields = engine_fields(self._vllm_config, self._kv_cache_config)
         except LayoutError as error:
@@ -97,9 +107,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             registration=lambda chunk: self._register(chunk, "scheduler", namespace=self._namespace),
         )
         ranks = self._ranks
-        return SchedulerHalf(
-            SchedulerSession(link), self._namespace, self._block_tokens, ranks.world_size, ranks.num_workers
-        )
+        return SchedulerHalf(SchedulerSession(link), self._namespace, self._groups, ranks.world_size, ranks.num_workers)
 
     def _set_failure_policy(self, policy: str) -> None:
         """vLLM's default ends a request whose load failed; a cache must never be the reason for that."""
@@ -119,7 +127,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         if self._scheduler is not None:
-            self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         return self._scheduler.build(scheduler_output) if self._scheduler else StepMetadata()
@@ -130,7 +138,20 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             self._scheduler.take_report(report)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         return (self._scheduler.finished(request, block_ids) if self._scheduler else False), None
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._scheduler is not None:
+            self._scheduler.bind(kv_cache_manager)
+
+    def has_pending_block_frees(self) -> bool:
+        return self._scheduler is not None and self._scheduler.waits_for_stores
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -146,22 +167,30 @@ class LMCacheMPConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         ranks = self._ranks
+        if self._groups is None:
+            return
+        fails_whole = not self._groups.are_plain
         try:
-            layout = layout_of(kv_caches, self._kv_cache_config.num_blocks)
+            layout = engine_layout(self._vllm_config, self._kv_cache_config, kv_caches)
+            engine = make_engine(layout, next(iter(kv_caches.values())).device)
         except LayoutError as error:
             logger.warning("LMCache does not cache this engine: %s", error)
-            self._worker = WorkerHalf(None, ranks.rank, ranks.world_size, ranks.writes)
+            self._worker = WorkerHalf(None, ranks.rank, ranks.world_size, ranks.writes, fails_whole)
             return
-        groups = kernel_groups(self._vllm_config, self._kv_cache_config, kv_caches)
+        groups = kernel_groups(layout)
 
         def registration(chunk_tokens: int) -> Register:
             return self._register(
-                chunk_tokens, "worker", layout.block_bytes, groups=groups, device_ids=ranks.device_ids(kv_caches)
+                chunk_tokens,
+                "worker",
+                layout.extent_bytes(chunk_tokens),
+                groups=groups,
+                device_ids=ranks.device_ids(kv_caches),
             )
 
         link = self._link(f"vllm worker {ranks.rank}", want_pool=True, registration=registration)
-        copier = CopyWorker(link, CopyEngine(layout), ranks.rank, lambda chunk: chunk // self._block_tokens)
-        self._worker = WorkerHalf(copier, ranks.rank, ranks.world_size, ranks.writes)
+        copier = CopyWorker(link, engine, ranks.rank, layout.blocks_per_chunk)
+        self._worker = WorkerHalf(copier, ranks.rank, ranks.world_size, ranks.writes, fails_whole)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
@@ -187,6 +216,11 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         results = self._worker.collect()
         return results.sent or None, results.received or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        sent, received = self.get_finished(finished_req_ids)
+        failed = self._worker.results.failed if self._worker else set()
+        return KVConnectorTransferResults(set(sent or ()), set(received or ()), set(failed))
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.results.bad_blocks if self._worker else set()
 
@@ -202,8 +236,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         if self._scheduler is not None:
             self._scheduler.close()
 
-    # --- both
-    # -----------------------------------------------------------------------------------------------------------
+    # --- both ---------------------------------------------------------------------------------------------------------
 
     def _step(self) -> StepMetadata:
         step = self._get_connector_metadata()
@@ -215,13 +248,23 @@ class LMCacheMPConnector(KVConnectorBase_V1):
         link.wait_first_try(FIRST_ATTACH_S)
         return link
 
-    def _register(self, chunk_tokens: int, role: str, block_bytes: int = 0, **more: Any) -> Register:
-        block = self._block_tokens
-        if chunk_tokens % block:
-            raise LayoutError(
-                f"the server's chunk of {chunk_tokens} tokens is no multiple of this engine's block of {block}; "
-                f"start the server with --chunk-size {-(-chunk_tokens // block) * block}"
-            )
+    def _understood_groups(self, kv_cache_config: KVCacheConfig) -> Groups | None:
+        """None, said once, where we do not know what a request's blocks are."""
+        try:
+            groups = Groups.of(kv_cache_config)
+            if not groups.are_plain and not _CAN_FAIL_WHOLE:
+                raise LayoutError(
+                    "sliding windows and hybrid models need a vLLM that lets a load fail as a whole (0.32); "
+                    "disable the hybrid KV cache manager"
+                )
+        except LayoutError as error:
+            logger.warning("LMCache does not cache this engine: %s", error)
+            return None
+        return groups
+
+    def _register(self, chunk_tokens: int, role: str, extent_bytes: int = 0, **more: Any) -> Register:
+        assert self._groups is not None
+        self._groups.check_chunk(chunk_tokens)
         return Register(
             0,
             role=role,
@@ -229,7 +272,7 @@ class LMCacheMPConnector(KVConnectorBase_V1):
             engine=f"vllm {vllm.__version__}",
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
-            extent_bytes=block_bytes * (chunk_tokens // block),
+            extent_bytes=extent_bytes,
             **more,
         )
 

@@ -13,9 +13,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from lmcache.connectors.vllm.tensors import declared_groups
 from lmcache.connectors.vllm.weights import fingerprint_weights
 from lmcache.errors import LayoutError
 from lmcache.keys import Value, encode_value
+from lmcache.layout import RAW
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,9 +41,6 @@ def engine_fields(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> di
     for feature in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, feature, 1) > 1:
             raise LayoutError(f"{feature} > 1 is not supported: its blocks hold interleaved tokens")
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise LayoutError(f"{len(groups)} KV cache groups are not supported yet: disable the hybrid KV cache manager")
     fields: dict[str, Value] = {
         "engine": "vllm",
         "engine_version": str(vllm.__version__),
@@ -95,9 +94,24 @@ def _speculation(vllm_config: VllmConfig) -> Value:
 
 
 def _layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[Value, ...]:
-    """Raw form: blocks move as whole bytes, so everything that shapes a block's inside counts."""
-    group = kv_cache_config.kv_cache_groups[0]
-    spec = group.kv_cache_spec
+    """The form of an extent, group by group: what a chunk holds, and in which order.
+
+    Canonical chunks (backends whose kernels read a block element by element) are the same for every block size and
+    physical order. Of raw ones, which move as whole blocks, everything that shapes a block's inside counts.
+    """
+    described: list[Value] = []
+    groups = zip(kv_cache_config.kv_cache_groups, declared_groups(vllm_config, kv_cache_config), strict=True)
+    for group, alike in groups:
+        spec = group.kv_cache_spec
+        parts: list[Value] = [getattr(spec, "sliding_window", None)]
+        for declared, names in alike:
+            inside = _inside(vllm_config, kv_cache_config, spec) if declared.form == RAW else None
+            parts.append((declared.identity(), names, inside))
+        described.append(tuple(parts))
+    return tuple(described)
+
+
+def _inside(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, spec: Any) -> tuple[Value, ...]:
     return (
         type(spec).__name__,
         spec.block_size,
@@ -106,7 +120,6 @@ def _layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[Va
         getattr(spec, "head_size", None),
         str(getattr(spec, "dtype", None)),
         str(getattr(spec, "kv_quant_mode", None)),
-        tuple(group.layer_names),
         str(getattr(kv_cache_config, "kv_cache_layout", None)),
         _platform(vllm_config, spec),
     )

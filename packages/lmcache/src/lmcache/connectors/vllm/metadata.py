@@ -10,7 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 @dataclass(frozen=True)
 class Store:
-    """Chunks to store. ``blocks`` is row-major [num_chunks, blocks_per_chunk]."""
+    """Chunks to store. ``blocks`` is row-major [num_chunks, blocks_per_chunk], the blocks of a chunk group after
+    group."""
 
     job: int
     request_id: str
@@ -22,7 +23,8 @@ class Store:
 
 @dataclass(frozen=True)
 class Load:
-    """Chunks to load under a lease. ``offsets`` and ``checksums`` are row-major [num_chunks, world_size]."""
+    """Chunks to load under a lease. ``blocks`` as in ``Store``; ``offsets`` and ``checksums`` are row-major
+    [num_chunks, world_size]."""
 
     job: int
     request_id: str

@@ -2,25 +2,28 @@
 
 A request goes through: lookup sent on arrival -> asked by vLLM ("ask again" until the answer is there) -> claim, when
 the held prefix is longer than what the engine has itself -> blocks allocated -> load ordered -> every rank has
-reported -> lease released. Stores follow the tokens: a chunk is ordered once the step of its last token is over.
+reported -> lease released. Stores follow the tokens: a chunk is ordered once the step of its last token is over; where
+vLLM takes blocks from requests that run (sliding windows), in that step, whose forward the copy waits for.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmcache.connectors.session import Prefix, SchedulerSession
+from lmcache.connectors.vllm.groups import Groups, Tables
 from lmcache.connectors.vllm.identity import Bypass
 from lmcache.connectors.vllm.metadata import Load, StepMetadata, StepReport, Store
+from lmcache.connectors.vllm.pins import Pins
 from lmcache.connectors.vllm.tracker import KeyChain, Tracker
 from lmcache.keys import Value, namespace
 from lmcache.transfer.plan import NOT_WRITTEN
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -52,7 +55,7 @@ class SchedulerHalf:
 
     Args:
         engine_namespace: digest of what all requests share.
-        block_tokens: tokens of an engine block.
+        groups: what kinds of block tables a request has.
         world_size: ranks that each hold a part of a chunk.
         num_workers: processes that report each job (more than ``world_size`` where ranks hold the same KV).
     """
@@ -61,13 +64,14 @@ class SchedulerHalf:
         self,
         session: SchedulerSession,
         engine_namespace: bytes,
-        block_tokens: int,
+        groups: Groups,
         world_size: int,
         num_workers: int,
     ) -> None:
         self._session = session
         self._engine_namespace = engine_namespace
-        self._block_tokens = block_tokens
+        self._groups = groups
+        self._pins = Pins()
         self._world_size = world_size
         self._num_workers = num_workers
         self._trackers: dict[str, Tracker] = {}
@@ -80,6 +84,10 @@ class SchedulerHalf:
         self._last_job = 0
         self._claims_from = 0.0
         self._num_resets = 0
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """vLLM's block tables and pool; without them, requests whose tables do not only grow are not cached."""
+        self._pins.bind(manager)
 
     # --- lookup and claim ---------------------------------------------------------------------------------------------
 
@@ -116,10 +124,10 @@ class SchedulerHalf:
         tracker.local_tokens = local_tokens
         return usable - local_tokens, True
 
-    def allocated(self, request: Request, blocks: Sequence[int], num_external_tokens: int) -> None:
+    def allocated(self, request: Request, tables: Tables, num_external_tokens: int) -> None:
         """vLLM has given the request its blocks: load into them what was claimed, or let the claim go."""
         tracker = self._tracker(request)
-        tracker.blocks = list(blocks)
+        tracker.tables = [list(table) for table in tables]
         prefix, tracker.prefix = tracker.prefix, None
         if prefix is None:
             return
@@ -134,14 +142,12 @@ class SchedulerHalf:
     def _plan_load(self, tracker: Tracker, chain: KeyChain, prefix: Prefix, num_external_tokens: int) -> Load:
         """Chunks from the one that the engine's own tokens end in. Blocks that the engine computed itself may belong to
         other requests already: their bytes are checked with the rest of the chunk, but never written."""
-        step, block = chain.chunk_tokens, self._block_tokens
+        step = chain.chunk_tokens
         total = tracker.local_tokens + num_external_tokens
         first, stop = tracker.local_tokens // step, -(-total // step)
-        first_written, stop_written = tracker.local_tokens // block, -(-total // block)
-        blocks = tuple(
-            tracker.blocks[index] if first_written <= index < stop_written else NOT_WRITTEN
-            for index in range(first * step // block, stop * step // block)
-        )
+        blocks: list[int] = []
+        for chunk in range(first, stop):
+            blocks += self._groups.row(tracker.tables, chunk, step, tracker.local_tokens, total)
         span = slice((first - prefix.first_chunk) * self._world_size, (stop - prefix.first_chunk) * self._world_size)
         assert tracker.load_job is not None
         return Load(
@@ -149,7 +155,7 @@ class SchedulerHalf:
             tracker.request.request_id,
             prefix.line.server,
             b"".join(chain.keys[first:stop]),
-            blocks,
+            tuple(blocks),
             tuple(prefix.offsets[span]),
             tuple(prefix.checksums[span]),
         )
@@ -188,14 +194,18 @@ class SchedulerHalf:
         for request_id in getattr(output, "preempted_req_ids", None) or ():
             self._preempted(request_id)
         self._follow_blocks(output)
-        for request_id in output.num_scheduled_tokens:
+        for request_id, num_scheduled in output.num_scheduled_tokens.items():
             tracker = self._trackers.get(request_id)
-            if tracker is not None and not tracker.bypassed:
-                self._order_stores(tracker)
+            if tracker is None or tracker.bypassed:
+                continue
+            if self._groups.are_windowed:
+                self._order_stores(tracker, tracker.known_tokens_after(num_scheduled))
+            else:
+                self._order_stores(tracker, tracker.confirmed_tokens)
         step, self._next = self._next, StepMetadata()
         return step
 
-    def finished(self, request: Request, blocks: Sequence[int]) -> bool:
+    def finished(self, request: Request, tables: Tables) -> bool:
         """The request is over; True when its blocks must stay until its stores are (reported as sent exactly once)."""
         tracker = self._trackers.pop(request.request_id, None)
         if tracker is None:
@@ -207,34 +217,52 @@ class SchedulerHalf:
         if tracker.load_job is not None:
             # The load still runs: vLLM keeps the blocks until it is reported received, and only that may be reported.
             return False
-        tracker.blocks = list(blocks)
+        tracker.tables = [list(table) for table in tables]
         if not tracker.bypassed:
-            self._order_stores(tracker)
+            self._order_stores(tracker, tracker.confirmed_tokens, is_last=True)
         if not tracker.store_jobs:
             return False
         self._next.closing.append(request.request_id)
         return True
 
-    def _order_stores(self, tracker: Tracker) -> None:
+    def _order_stores(self, tracker: Tracker, num_tokens: int, is_last: bool = False) -> None:
+        """Order the chunks among the first ``num_tokens`` tokens that have not been ordered yet.
+
+        Args:
+            is_last: the request is over, and its tables are those that vLLM has just handed over.
+        """
         chain = self._chain(tracker)
-        if chain is None or tracker.load_job is not None:
+        if chain is None or tracker.load_job is not None or not tracker.tables:
             return
-        per_chunk = chain.chunk_tokens // self._block_tokens
-        stop = min(tracker.confirmed_tokens // chain.chunk_tokens, len(tracker.blocks) // per_chunk)
+        step = chain.chunk_tokens
+        if num_tokens // step <= tracker.num_stored:
+            return
+        if not self._groups.are_plain and not is_last:
+            tracker.tables = self._pins.tables(tracker.request.request_id)
+        stop = min(num_tokens // step, self._groups.num_whole_chunks(tracker.tables, step))
         if stop <= tracker.num_stored:
             return
-        keys = self._extend(tracker, chain, stop * chain.chunk_tokens)
+        keys = self._extend(tracker, chain, stop * step)
         if tracker.bypassed:
             return
-        job = self._new_job()
+        # From the first chunk on: what is held is only touched, so that a prefix never grows older than what follows it
+        # (evicted first, it would leave the rest unreachable), and what was lost meanwhile is stored again. Not so
+        # where vLLM has taken the blocks of the first chunks.
+        first = tracker.num_stored if self._groups.are_windowed else 0
+        rows = {chunk: self._groups.row(tracker.tables, chunk, step) for chunk in range(first, stop)}
+        whole = [chunk for chunk, row in rows.items() if NOT_WRITTEN not in row]
         tracker.num_stored = stop
+        if whole:
+            self._order_store(tracker, chain, b"".join(keys[chunk] for chunk in whole), [rows[i] for i in whole])
+
+    def _order_store(self, tracker: Tracker, chain: KeyChain, keys: bytes, rows: list[list[int]]) -> None:
+        job = self._new_job()
         tracker.store_jobs.add(job)
         self._store_owner[job] = tracker.request.request_id
-        # From the first chunk on: what is held is only touched, so that a prefix never grows older than what follows it
-        # (evicted first, it would leave the rest unreachable), and what was lost meanwhile is stored again.
-        blocks = tuple(tracker.blocks[: stop * per_chunk])
-        linked = b"".join(keys[:stop])
-        self._next.stores.append(Store(job, tracker.request.request_id, linked, blocks, chain.salt, chain.namespace))
+        # Blocks that slide out of a window while the copy runs would be another request's at once.
+        self._pins.pin(job, [b for row in rows for b in self._groups.windowed_blocks(row, chain.chunk_tokens)])
+        blocks = tuple(block for row in rows for block in row)
+        self._next.stores.append(Store(job, tracker.request.request_id, keys, blocks, chain.salt, chain.namespace))
 
     def _preempted(self, request_id: str) -> None:
         """vLLM has taken the blocks back: copies that still run may read what is no longer theirs."""
@@ -242,22 +270,23 @@ class SchedulerHalf:
         if tracker is not None:
             self._next.marked.extend(tracker.store_jobs)
             tracker.num_stored = 0
-            tracker.blocks = []
+            tracker.tables = []
 
     def _follow_blocks(self, output: SchedulerOutput) -> None:
         for new in output.scheduled_new_reqs:
             tracker = self._trackers.get(new.req_id)
             if tracker is not None:
-                tracker.blocks = list(new.block_ids[0])
+                tracker.tables = [list(table) for table in new.block_ids]
         cached = output.scheduled_cached_reqs
         for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             tracker = self._trackers.get(request_id)
             if tracker is None or new_blocks is None:
                 continue
             if request_id in cached.resumed_req_ids:
-                tracker.blocks = list(new_blocks[0])
-            else:
-                tracker.blocks.extend(new_blocks[0])
+                tracker.tables = [list(table) for table in new_blocks]
+            elif tracker.tables:
+                for table, more in zip(tracker.tables, new_blocks, strict=True):
+                    table.extend(more)
 
     # --- reports ------------------------------------------------------------------------------------------------------
 
@@ -288,6 +317,7 @@ class SchedulerHalf:
                     # Just looked up and touched: nothing of it needs storing again.
                     tracker.num_stored = max(tracker.num_stored, loading.prefix.num_chunks)
             return
+        self._pins.unpin(job)
         tracker = self._trackers.get(self._store_owner.pop(job, ""))
         if tracker is not None:
             tracker.store_jobs.discard(job)
@@ -314,6 +344,11 @@ class SchedulerHalf:
         """Tell the server of the namespace that ``reset`` returned."""
         self._session.register_again()
 
+    @property
+    def waits_for_stores(self) -> bool:
+        """Whether vLLM gets blocks back soon, when stores that run are over."""
+        return self._pins.are_held
+
     def close(self) -> None:
         """Detach."""
         self._session.close()
@@ -323,8 +358,13 @@ class SchedulerHalf:
         if tracker is None or tracker.request is not request:
             tracker = self._trackers[request.request_id] = Tracker(request)
             # A resumable request's tokens are rewritten while it runs; a pooling request has no second use.
-            tracker.bypassed = bool(getattr(request, "resumable", False))
+            tracker.bypassed = bool(getattr(request, "resumable", False)) or not self._can_follow
         return tracker
+
+    @property
+    def _can_follow(self) -> bool:
+        """Whether we can know the tables of a request at any time."""
+        return self._groups.are_plain or self._pins.are_bound
 
     def _chain(self, tracker: Tracker) -> KeyChain | None:
         """The request's keys under the server's chunk size; None while there is no server, or when it is bypassed."""

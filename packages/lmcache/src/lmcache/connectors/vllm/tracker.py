@@ -61,7 +61,7 @@ class Tracker:
         self.request = request
         self.chain: KeyChain | None = None
         self.bypassed = False
-        self.blocks: list[int] = []
+        self.tables: list[list[int]] = []  # block ids, one table a group; empty while vLLM has given it none
         self.num_stored = 0  # given to the workers, whatever becomes of it
         self.store_jobs: set[int] = set()  # not reported by all ranks yet
         self.question: Question | None = None
@@ -79,3 +79,8 @@ class Tracker:
         yet)."""
         in_flight = int(getattr(self.request, "num_in_flight_tokens", 0))
         return min(int(self.request.num_computed_tokens) - in_flight, int(self.request.num_tokens))
+
+    def known_tokens_after(self, num_scheduled: int) -> int:
+        """Tokens of the request whose KV is final once a step that computes ``num_scheduled`` tokens is over. Drafts
+        are not among a request's tokens until they are accepted."""
+        return min(int(self.request.num_computed_tokens) + num_scheduled, int(self.request.num_tokens))

@@ -3,7 +3,6 @@ view."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lmcache.connectors.copier import CopyWorker, LoadJob, Outcome, StoreJob
@@ -19,6 +18,7 @@ class StepResults:
     sent: set[str] = field(default_factory=set)
     received: set[str] = field(default_factory=set)
     bad_blocks: set[int] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)  # among ``received``: vLLM computes the whole request
     report: StepReport = field(default_factory=StepReport)
 
 
@@ -29,13 +29,19 @@ class WorkerHalf:
     Args:
         rank: among the ranks that hold different KV.
         writes: False for a rank whose KV another one stores, too.
+        fails_whole: a load that failed is reported as such, not by its bad blocks. Several block tables have ids in
+            common, so vLLM takes no block ids there; and where it keeps a window only, what comes before a bad block
+            is not there to go on from.
     """
 
-    def __init__(self, copier: CopyWorker | None, rank: int, world_size: int, writes: bool) -> None:
+    def __init__(
+        self, copier: CopyWorker | None, rank: int, world_size: int, writes: bool, fails_whole: bool = False
+    ) -> None:
         self._copier = copier
         self._rank = rank
         self._world_size = world_size
         self._writes = writes
+        self._fails_whole = fails_whole
         self._requests: dict[int, str] = {}  # store jobs under way
         self._loads: dict[int, Load] = {}
         self._open: dict[str, int] = {}  # request id -> its store jobs under way
@@ -95,16 +101,22 @@ class WorkerHalf:
         results.received.add(load.request_id)
         if outcome.loaded:
             return
-        per_chunk = len(load.blocks) * self._world_size // len(load.offsets)
-        num_chunks = len(load.blocks) // per_chunk
-        failed: Iterable[int] = outcome.failed or range(num_chunks)
-        for chunk in failed:
-            results.bad_blocks.update(load.blocks[chunk * per_chunk : (chunk + 1) * per_chunk])
-        results.bad_blocks.discard(NOT_WRITTEN)
+        if self._fails_whole:
+            results.failed.add(load.request_id)
+        else:
+            results.bad_blocks.update(self._bad_blocks(load, outcome))
         if outcome.failed:
             results.report.failed[outcome.id] = set(outcome.failed)
         else:
             results.report.unable.add(outcome.id)
+
+    def _bad_blocks(self, load: Load, outcome: Outcome) -> set[int]:
+        per_chunk = len(load.blocks) * self._world_size // len(load.offsets)
+        num_chunks = len(load.blocks) // per_chunk
+        bad: set[int] = set()
+        for chunk in outcome.failed or range(num_chunks):
+            bad.update(load.blocks[chunk * per_chunk : (chunk + 1) * per_chunk])
+        return bad - {NOT_WRITTEN}
 
     def close(self) -> None:
         """Let running copies end, then detach."""
