@@ -1,4 +1,5 @@
-"""Blocks that a running store reads, kept from being given to another request.
+"""What an engine with sliding windows needs beyond vLLM's own care: blocks that a running store reads are kept from
+being given to another request, and loads do not pile up.
 
 Needed for sliding windows only: vLLM returns a block to its pool as soon as it has left the window, while the request
 goes on, and nobody is asked. A reference more, as for a block that two requests share, keeps it.
@@ -6,12 +7,38 @@ goes on, and nobody is asked. A reference more, as for a block that two requests
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+
+class Turn:
+    """Of an engine with windows, one request at a time is loaded and has not run since.
+
+    What vLLM (0.32) reserves for requests that wait for a load counts their blocks in one group, and none that a window
+    has. Several of them can then hold all blocks between them, and each wait for more for ever; one alone always fits.
+    """
+
+    def __init__(self, are_windowed: bool) -> None:
+        self._matters = are_windowed
+        self._holder: str | None = None
+
+    def is_free(self, request_id: str) -> bool:
+        """Whether this request may be loaded now."""
+        return self._holder is None or self._holder == request_id
+
+    def take(self, request_id: str) -> None:
+        """Its blocks are allocated, and its load begins."""
+        if self._matters:
+            self._holder = request_id
+
+    def leave(self, request_ids: Container[str]) -> None:
+        """These run, or are over."""
+        if self._holder is not None and self._holder in request_ids:
+            self._holder = None
 
 
 class Pins:

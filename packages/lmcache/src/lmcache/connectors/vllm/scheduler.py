@@ -17,7 +17,7 @@ from lmcache.connectors.session import Prefix, SchedulerSession
 from lmcache.connectors.vllm.groups import Groups, Tables
 from lmcache.connectors.vllm.identity import Bypass
 from lmcache.connectors.vllm.metadata import Load, StepMetadata, StepReport, Store
-from lmcache.connectors.vllm.pins import Pins
+from lmcache.connectors.vllm.pins import Pins, Turn
 from lmcache.connectors.vllm.tracker import KeyChain, Tracker
 from lmcache.keys import Value, namespace
 from lmcache.transfer.plan import NOT_WRITTEN
@@ -72,6 +72,7 @@ class SchedulerHalf:
         self._engine_namespace = engine_namespace
         self._groups = groups
         self._pins = Pins()
+        self._turn = Turn(groups.are_windowed)
         self._world_size = world_size
         self._num_workers = num_workers
         self._trackers: dict[str, Tracker] = {}
@@ -121,6 +122,8 @@ class SchedulerHalf:
         usable = min(prefix.num_chunks * chain.chunk_tokens, request.num_tokens - 1)
         if usable <= local_tokens or local_tokens // chain.chunk_tokens < prefix.first_chunk:
             return 0, False
+        if not self._turn.is_free(request.request_id):
+            return None, False
         tracker.local_tokens = local_tokens
         return usable - local_tokens, True
 
@@ -136,6 +139,7 @@ class SchedulerHalf:
             return
         tracker.settled_at = request.num_preemptions
         tracker.load_job = self._new_job()
+        self._turn.take(request.request_id)
         self._loading[tracker.load_job] = _Loading(request.request_id, prefix, tracker.chain)
         self._next.loads.append(self._plan_load(tracker, tracker.chain, prefix, num_external_tokens))
 
@@ -176,14 +180,10 @@ class SchedulerHalf:
         question = tracker.question
         if question is not None and self._session.poll(question):
             tracker.question = None
-            prefix = question.answer
-            if (
-                prefix is not None
-                and len(prefix.offsets) != (prefix.num_chunks - prefix.first_chunk) * self._world_size
-            ):
+            prefix = tracker.prefix = question.answer
+            if prefix and len(prefix.offsets) != (prefix.num_chunks - prefix.first_chunk) * self._world_size:
                 self._session.release(prefix)
-                prefix = None
-            tracker.prefix = prefix
+                tracker.prefix = None
         return tracker.question is None
 
     # --- store --------------------------------------------------------------------------------------------------------
@@ -194,20 +194,20 @@ class SchedulerHalf:
         for request_id in getattr(output, "preempted_req_ids", None) or ():
             self._preempted(request_id)
         self._follow_blocks(output)
+        self._turn.leave(output.num_scheduled_tokens)
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             tracker = self._trackers.get(request_id)
             if tracker is None or tracker.bypassed:
                 continue
-            if self._groups.are_windowed:
-                self._order_stores(tracker, tracker.known_tokens_after(num_scheduled))
-            else:
-                self._order_stores(tracker, tracker.confirmed_tokens)
+            after = tracker.known_tokens_after(num_scheduled)
+            self._order_stores(tracker, after if self._groups.are_windowed else tracker.confirmed_tokens)
         step, self._next = self._next, StepMetadata()
         return step
 
     def finished(self, request: Request, tables: Tables) -> bool:
         """The request is over; True when its blocks must stay until its stores are (reported as sent exactly once)."""
         tracker = self._trackers.pop(request.request_id, None)
+        self._turn.leave((request.request_id,))
         if tracker is None:
             return False
         if tracker.question is not None:
