@@ -401,7 +401,7 @@ def compat(session: nox.Session) -> None:
     pytest(session, full_environment(main_version()), "tests/compat", env=env)
 
 
-@gate(600, "e2e-vllm")
+@gate(800, "e2e-vllm")
 def e2e_vllm(session: nox.Session) -> None:
     """Stock vLLM on the CPU with us: outputs equal those without us. Nothing else runs beside it."""
     pytest(session, vllm_environment(), "tests/e2e", "-o", "faulthandler_timeout=600")
