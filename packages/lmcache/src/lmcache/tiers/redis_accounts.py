@@ -5,11 +5,9 @@ Members are ``KEY:BYTES`` with a running number as their score; ``total`` and ``
 bytes of all members, minus the next number). One set, because Redis may evict it: then all of it goes, never half.
 
 How exact it is. The bytes are counted before the object is written and are given back after it was removed, each in one
-atomic script: a server that dies between leaves bytes counted that are not there. The other way round in one case: an
-object that was counted, and is another server's victim before it is written, is written uncounted; a tenant may be
-above its limit by what is being put at the same moment, until that is removed by hand or by Redis. Objects that Redis
-itself evicts, or that somebody deletes by hand, count until their turn comes as the tenant's oldest. What was put
-without a limit is not counted, and an account that Redis evicts starts again from nothing.
+atomic script: a server that dies between leaves bytes counted that are not there, never the other way round. So do
+objects that Redis itself evicts, or that somebody deletes by hand: they count until their turn comes as the tenant's
+oldest. What was put without a limit is not counted, and an account that Redis evicts starts again from nothing.
 """
 
 from __future__ import annotations
