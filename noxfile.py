@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nox
-from nox.command import CommandFailed
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import artefacts  # noqa: E402
+import long_form  # noqa: E402
 import upstream_env  # noqa: E402
 from environments import (  # noqa: E402
     CACHE,
@@ -298,33 +298,13 @@ def fuzz_environment() -> Path:
     return python
 
 
-COVERED = ("wire", "cache", "keys", "layout")
-COVERED_PERCENT = 95
-
-
 @nox.session(venv_backend="none")
 def coverage(session: nox.Session) -> None:
     """Lines and branches of wire, cache, keys and layout under the unit and sim suites: 95 % of each at least."""
     version = main_version()
-    sites = [requirements_site(version)]
-    python = environment("coverage", version, ["coverage>=7.10"], sites=sites)
+    python = environment("coverage", version, ["coverage>=7.10"], sites=[requirements_site(version)])
     install_wheel(python, artefacts.full_wheel(version))
-    with tempfile.TemporaryDirectory() as elsewhere:
-        settings = {"PYTHONPATH": "", "COVERAGE_RCFILE": str(ROOT / "tests" / "coverage.ini")}
-        settings["COVERAGE_FILE"] = f"{elsewhere}/data"
-
-        def measure(*arguments: str) -> None:
-            session.run(str(python), "-m", "coverage", *arguments, env=settings)
-
-        with session.chdir(elsewhere):
-            measure("run", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "unit"))
-        with session.chdir(ROOT):
-            measure("run", "-m", "tests.sim", "--seeds", "0-99")
-        measure("combine", "-q")
-        for part in COVERED:
-            session.log(f"lmcache.{part}")
-            included = f"*/lmcache/{part}/*,*/lmcache/{part}.py"
-            measure("report", f"--include={included}", f"--fail-under={COVERED_PERCENT}")
+    long_form.measure_coverage(session, python)
 
 
 @nox.session(venv_backend="none")
@@ -335,42 +315,11 @@ def long(session: nox.Session) -> None:
     whole; `planted` is left out below 1 unless it is named. Servers of these parts kill and sweep: nothing that runs a
     server may run beside them.
     """
-    scale = float(session.posargs[0]) if session.posargs else 1.0
-    chosen = session.posargs[1:]
-    python = str(full_environment(main_version()))
-
-    def amount(whole: int) -> str:
-        return str(max(1, round(whole * scale)))
-
-    def run(*command: str) -> None:
-        with session.chdir(ROOT):
-            session.run(*command, env={"PYTHONPATH": ""})
-
-    hostile_folder = ROOT / "tests" / "hostile"
-    parts: dict[str, Callable[[], None]] = {
-        "structural": lambda: run(python, str(hostile_folder / "structural.py"), "--faults", amount(10_000)),
-        "kills": lambda: run(python, str(hostile_folder / "harness.py"), "--kills", amount(2_000)),
-        "session": lambda: run(python, str(hostile_folder / "session_budget.py"), "--faults", amount(1_000)),
-        "tier": lambda: run(python, str(ROOT / "tests" / "server" / "tier_crashes.py"), "--kills", amount(500)),
-        "sim": lambda: run(
-            python, "-m", "tests.sim", "--seeds", f"0-{int(amount(10_000)) - 1}", "--jobs", str(os.cpu_count() or 1)
-        ),
-        "planted": lambda: plant(session),
-        "coverage": lambda: coverage(session),
-        "fuzz": lambda: run(str(fuzz_environment()), str(ROOT / "fuzz" / "run.py"), "--seconds", amount(600)),
-    }
-    unknown = set(chosen) - set(parts)
-    if unknown:
-        session.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(parts)}")
-    failed = []
-    for name in chosen or [name for name in parts if name != "planted" or scale >= 1]:
-        session.log(f"long: {name}")
-        try:
-            parts[name]()
-        except CommandFailed:
-            failed.append(name)
-    if failed:
-        session.error(f"failed: {', '.join(failed)}")
+    python = full_environment(main_version())
+    parts = long_form.parts(session, python)
+    parts |= {"planted": lambda: plant(session), "coverage": lambda: coverage(session)}
+    parts["fuzz"] = lambda: long_form.fuzz(session, fuzz_environment())
+    long_form.run(session, parts)
 
 
 @gate(240, "guard")

@@ -104,11 +104,8 @@ class RedisTier:
             await self._forget(deadline, share.tenant, key, num_bytes)
         if not isinstance(reply, Refusal) and reply != b"OK":
             raise TierError(f"{named(self._servers.address(name))} answered something that is not the Redis protocol")
-        if (
-            reply == b"OK"
-            and share.limit_bytes is not None
-            and not await self._reserve(deadline, key, num_bytes, share)
-        ):
+        is_limited = reply == b"OK" and share.limit_bytes is not None
+        if is_limited and not await self._reserve(deadline, key, num_bytes, share):
             await self._one(deadline, name, b"UNLINK")
             return False
         return self._took(reply, name)
@@ -246,7 +243,7 @@ class RedisTier:
         """Count an object for its tenant, whose oldest objects make room.
 
         Once before it is written and once after: in between it may have become another server's victim, which found
-        nothing to remove. Counted anew it has another number, so that nobody takes it out of the account as that victim.
+        nothing to remove. Counted anew it has another number, and nobody takes it out of the account as that victim.
         """
         limit_bytes = share.limit_bytes or 0
         if num_bytes > limit_bytes:

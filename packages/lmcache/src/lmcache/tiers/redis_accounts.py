@@ -5,8 +5,8 @@ Members are ``KEY:BYTES`` with a running number as their score; ``total`` and ``
 bytes of all members, minus the next number). One set, because Redis may evict it: then all of it goes, never half.
 
 How exact it is. The bytes are counted before the object is written, and anew when it is (another server may have made
-it a victim before it was there); they are given back after it was removed. Each is one atomic script: a server that dies
-between leaves bytes counted that are not there, never the other way round. So do
+it a victim before it was there); they are given back after it was removed. Each is one atomic script: a server that
+dies between leaves bytes counted that are not there, never the other way round. So do
 objects that Redis itself evicts, or that somebody deletes by hand: they count until their turn comes as the tenant's
 oldest. What was put without a limit is not counted, and an account that Redis evicts starts again from nothing.
 """
