@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from lmcache.cache.base import Limits
-from lmcache.cache.evict import make_policy
-from lmcache.cache.opening import open_pool
-from lmcache.cache.store import Cache
-from lmcache.system import Clock, Entropy, Files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmcache.cache.base import Limits
+    from lmcache.cache.store import Cache
+    from lmcache.system import Clock, Entropy, Files
 
 
 def open_cache(
@@ -28,6 +29,12 @@ def open_cache(
         ConfigError: unknown policy.
         PoolError: the directory is in use or not safe, or the pool cannot be set up.
     """
+    # Here, since the service process needs a part of this package only, and starts in a quarter of a second.
+    from lmcache.cache.base import Limits
+    from lmcache.cache.evict import make_policy
+    from lmcache.cache.opening import open_pool
+    from lmcache.cache.store import Cache
+
     order = make_policy(policy)
     pool, records = open_pool(directory, total_bytes, chunk_tokens, files, persist=persist)
     return Cache(pool, records, order, clock, limits or Limits(), entropy=entropy, has_tiers=has_tiers)

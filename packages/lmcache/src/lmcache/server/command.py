@@ -59,6 +59,9 @@ def server(
     tls_key: str | None,
 ) -> None:
     """Keep the KV cache of engines on this machine and hand it back instead of computing it again."""
+    from lmcache.server.supervisor import spawn
+
+    first = spawn()  # ahead of everything else, because its imports take longest
     from lmcache.config import GB, ServerConfig
     from lmcache.errors import LMCacheError
     from lmcache.server import run
@@ -83,7 +86,9 @@ def server(
             tls_cert=tls_cert,
             tls_key=tls_key,
         )
-        run.serve(config)
+        run.serve(config, first)
     except LMCacheError as error:
         click.echo(f"lmcache server: {error}", err=True)
         context.exit(run.exit_status(error))
+    finally:
+        first.end()

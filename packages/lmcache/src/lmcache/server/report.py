@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from lmcache.cache.base import Usage
-from lmcache.cache.quarantine import Spoiled
 from lmcache.metrics import Counters, Gauges
-from lmcache.server.sessions import Instance
-from lmcache.wire.messages import KernelGroup, Register
 from lmcache_cli import api
+
+if TYPE_CHECKING:
+    from lmcache.cache.base import Usage
+    from lmcache.cache.quarantine import Spoiled
+    from lmcache.server.sessions import Instance
+    from lmcache.wire.messages import KernelGroup, Register
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lmcache.errors import ConfigError, LMCacheError
 from lmcache.server import ports, tls
 from lmcache.server.access import read_tokens
 from lmcache.server.addresses import is_loopback
-from lmcache.server.supervisor import Supervisor
+from lmcache.server.supervisor import Spawned, Supervisor
 from lmcache.system import SystemClock, SystemEntropy
 from lmcache_cli._version import __version__
 from lmcache_cli.api import RPC_PORT
@@ -31,8 +31,8 @@ def exit_status(error: LMCacheError) -> int:
     return 2 if isinstance(error, ConfigError) else 1
 
 
-def serve(config: ServerConfig) -> None:
-    """Run a server until SIGTERM, SIGINT or SIGHUP.
+def serve(config: ServerConfig, first: Spawned) -> None:
+    """Run a server until SIGTERM, SIGINT or SIGHUP. ``first``: its service process, which the caller ends at last.
 
     Raises:
         LMCacheError: it cannot start; one sentence. ``exit_status`` tells the status to end with.
@@ -59,8 +59,7 @@ def serve(config: ServerConfig) -> None:
             "log_level": level,
             "log_format": LOG_FORMAT,
         }
-        supervisor = Supervisor(SystemClock(), SystemEntropy(), http_socket, boot)
-        # First of all, because its imports take longest; it waits for the core as the core would wait for it.
+        supervisor = Supervisor(SystemClock(), SystemEntropy(), http_socket, boot, first)
         supervisor.start()
         try:
             from lmcache.server.assembly import Plan, run_core

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 
@@ -32,6 +32,18 @@ _ANSWERS = {
 }
 """What each endpoint answers besides its result, refusals for want of a role apart."""
 
+_RESULTS = {
+    ("GET", api.PATH_HEALTH): api.Health,
+    ("GET", api.PATH_STATUS): api.Status,
+    ("POST", api.PATH_LOOKUP): api.LookupReply,
+    ("POST", api.PATH_CLEAR): api.ClearReply,
+    ("GET", api.PATH_QUOTA): api.QuotaList,
+    ("GET", _SALT): api.Quota,
+    ("PUT", _SALT): api.QuotaChange,
+    ("DELETE", _SALT): api.QuotaChange,
+}
+"""What an endpoint answers with 200. Told here and not to the routes, which would have them analysed at every start."""
+
 _SALT_PARAMETER = {
     "name": "salt",
     "in": "path",
@@ -54,6 +66,7 @@ class DescribedApp(FastAPI):
         if self.openapi_schema is not None:
             return self.openapi_schema
         document = super().openapi()
+        self._add_results(document)
         has_tokens = bool(self.state.access.tokens)
         if has_tokens:
             scheme = {"type": "http", "scheme": "bearer", "description": "A token made by `lmcache auth init`."}
@@ -72,3 +85,18 @@ class DescribedApp(FastAPI):
             if path == _SALT:
                 operation["parameters"] = [_SALT_PARAMETER]
         return document
+
+    def _add_results(self, document: dict[str, Any]) -> None:
+        from pydantic import TypeAdapter
+
+        mode: Literal["serialization"] = "serialization"
+        models: list[type[Any]] = list(dict.fromkeys(_RESULTS.values()))
+        inputs = [(model.__name__, mode, TypeAdapter(model)) for model in models]
+        schemas, definitions = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        for (method, path), model in _RESULTS.items():
+            content = {"application/json": {"schema": schemas[model.__name__, mode]}}
+            responses = document["paths"][path][method.lower()]["responses"]
+            responses["200"] = {"description": "Successful Response", "content": content}
+            if model is api.Health:
+                responses["503"] = {"description": _REASONS["503"], "content": content}

@@ -69,7 +69,7 @@ def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, chunk_toke
         found = api.LookupReply(chunk_tokens, len(asked.token_ids), models)
         return await asyncio.to_thread(lambda: reply(api.to_json(found)))
 
-    @app.post(api.PATH_LOOKUP, response_model=api.LookupReply, openapi_extra={"requestBody": _BODY})
+    @app.post(api.PATH_LOOKUP, openapi_extra={"requestBody": _BODY})
     async def lookup(request: Request) -> Response:
         """Which whole chunks of these tokens are held, for every model whose engine has registered."""
         async with bodies.read(request, LOOKUP_BYTES_MAX) as body:

@@ -88,7 +88,7 @@ def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, file: Limi
     """Add the four verbs."""
     keeper = Keeper(link, file)
 
-    @app.get(api.PATH_QUOTA, response_model=api.QuotaList)
+    @app.get(api.PATH_QUOTA)
     async def list_limits() -> Response:
         """Every tenant that has a limit."""
         document = await _tenants(link, None)
@@ -99,7 +99,7 @@ def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, file: Limi
         }
         return reply(api.to_json(api.QuotaList(users)))
 
-    @app.get(_PATH, response_model=api.Quota)
+    @app.get(_PATH)
     async def get_limit(request: Request) -> Response:
         """The limit of one tenant; a tenant without one has 0 and does not exist."""
         salt = _salt(request)
@@ -109,7 +109,7 @@ def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, file: Limi
         found = api.Quota(_path_form(salt), limits.get(salt, 0.0), *usage, salt in limits)
         return reply(api.to_json(found))
 
-    @app.put(_PATH, response_model=api.QuotaChange, openapi_extra={"requestBody": _LIMIT_BODY})
+    @app.put(_PATH, openapi_extra={"requestBody": _LIMIT_BODY})
     async def set_limit(request: Request) -> Response:
         """Set the limit of one tenant."""
         salt = _salt(request)
@@ -117,7 +117,7 @@ def add_routes(app: FastAPI, link: CoreLink, cascade: Cascade | None, file: Limi
         await keeper.change(salt, limit_gb)
         return reply({"cache_salt": _path_form(salt), "limit_gb": limit_gb, "status": "ok"})
 
-    @app.delete(_PATH, response_model=api.QuotaChange)
+    @app.delete(_PATH)
     async def remove_limit(request: Request) -> Response:
         """Remove the limit of one tenant."""
         salt = _salt(request)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmcache.cache.quarantine import NAMED_MAX
-from lmcache.cascade.run import TierState
 from lmcache.server import report
 from lmcache_cli import api
+
+if TYPE_CHECKING:
+    from lmcache.cascade.run import TierState
 
 
 def adapter(state: TierState) -> api.L2Adapter:
