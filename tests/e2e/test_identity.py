@@ -20,6 +20,7 @@ from vllm import EngineArgs, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.platforms import current_platform
+from vllm.platforms.interface import PlatformEnum
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -91,6 +92,7 @@ def test_files_that_differ_are_another_model(
     [
         {"dtype": "bfloat16"},
         {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype_skip_layers": ["1"]},
         {"hf_overrides": {"rope_theta": 50000.0}},
         {"load_format": "dummy"},
         {"load_format": "dummy", "seed": 7},
@@ -116,6 +118,7 @@ def test_a_rope_that_depends_on_the_context_length_tells_engines_of_different_le
         kv_config(num_kv_heads=4),
         kv_config(head_size=32),
         kv_config(dtype=torch.bfloat16),
+        kv_config(num_head_slots=2, state_content_bytes=512),
         kv_config(layers=("a", "b", "c")),
         dataclasses.replace(kv_config(), kv_cache_layout="BLHNC"),
     ],
@@ -190,11 +193,8 @@ def test_canonical_chunks_do_not_depend_on_block_size_or_physical_order(
 ) -> None:
     """On an accelerator whose kernels read a block element by element; the machine's own platform stands in for it."""
     config = EngineArgs(model=str(tiny), dtype="float32", max_model_len=4096).create_engine_config()
-    config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
-    kind = type(current_platform)
-    monkeypatch.setattr(kind, "is_cpu", lambda _: False)
-    monkeypatch.setattr(kind, "device_type", "cuda")
-    monkeypatch.setattr(kind, "device_name", "cuda", raising=False)
+    monkeypatch.setattr(type(current_platform), "_enum", PlatformEnum.CUDA)
+    monkeypatch.setattr(type(current_platform), "device_name", "cuda", raising=False)
 
     def layout(kv: KVCacheConfig) -> bytes:
         return namespace({"layout": engine_fields(config, kv)["layout"]})
@@ -208,7 +208,7 @@ def test_canonical_chunks_do_not_depend_on_block_size_or_physical_order(
     assert len({layout(kv) for kv in same}) == 1
     others = [kv_config(num_kv_heads=4), kv_config(dtype=torch.bfloat16), kv_config(layers=("a",)), kv_config()]
     assert len({layout(kv) for kv in others}) == len(others)
-    config.attention_config.backend = None  # the worker's choice is not known here: whole blocks
+    config.attention_config.backend = AttentionBackendEnum.HPC_ATTN  # not known to us: whole blocks
     assert layout(kv_config()) != layout(kv_config(block_size=16))
 
 

@@ -115,6 +115,14 @@ def test_elements_that_are_not_side_by_side_are_refused() -> None:
         layer_group([part_of(views, declared(FUSED, sizes))])
 
 
+def test_cut_blocks_with_heads_outside_and_keys_apart_are_refused_with_the_block_size_that_would_do() -> None:
+    found, cut = format_of("NL_X_NB_TWO_NH_BS_HS"), Sizes(blocks=10, tokens=4)
+    arrays = KEPT[found.name](cut.truth())
+    with pytest.raises(LayoutError, match=r"blocks of 4 tokens, which are not cut: layer 0: shape"):
+        layer_group([part_of(arrays, declared(found, Sizes(blocks=5, tokens=8)))])
+    layer_group([part_of(arrays, declared(found, cut))])
+
+
 def test_layers_that_are_not_alike_are_refused() -> None:
     specs = [spec_of(array, f"layer {n}", "float16") for n, array in enumerate(KEPT[FUSED.name](Sizes().truth()))]
     specs[1] = replace(specs[1], dtype="float32", item_bytes=4, name="odd")
@@ -136,6 +144,8 @@ def test_an_unknown_backend_is_canonical_only_where_the_engine_says_what_a_block
     assert replace(unknown, is_dense=True).form == CANONICAL
     assert replace(unknown, is_dense=True, device="cpu").form == RAW
     assert replace(unknown, is_dense=True, attention_backend="TURBOQUANT").form == RAW
+    known = declared(FUSED, Sizes())
+    assert (known.form, replace(known, is_dense=False).form) == (CANONICAL, RAW)
 
 
 def test_the_identity_of_canonical_chunks_leaves_block_size_and_backend_out() -> None:

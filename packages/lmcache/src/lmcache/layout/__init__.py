@@ -20,7 +20,7 @@ layout cannot leave the engine's memory, and that no two blocks and no two plane
 established here, at construction. Groups may share memory with each other: their block ids do not.
 """
 
-from lmcache.layout.declared import CANONICAL, RAW, Declared, Part
+from lmcache.layout.declared import CANONICAL, RAW, Declared, Part, transparent_backends
 from lmcache.layout.detect import find_format, layer_group
 from lmcache.layout.formats import FORMATS, Format
 from lmcache.layout.planes import FORM_VERSION, Description, Dim, LayerGroup, Layout, Plane, make_plane
@@ -45,4 +45,5 @@ __all__ = [
     "make_layout",
     "make_plane",
     "raw_group",
+    "transparent_backends",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lmcache.errors import LayoutError
 from lmcache.layout.declared import ITEM_BYTES, Declared
 from lmcache.layout.formats import INDEXER_SCALE_BYTES, INDEXER_VALUE_BYTES, Format
-from lmcache.layout.planes import Plane, make_plane
+from lmcache.layout.planes import DIMS_MAX, Plane, make_plane, merge
 from lmcache.layout.tensors import TensorSpec, check_strides
 
 
@@ -132,7 +132,11 @@ def _indexer(found: Format, split: int, tensor: TensorSpec, of: Declared) -> lis
 
 
 def _plane(tensor: TensorSpec, address: int, block: int, dims: Sequence[tuple[int, int]], run_bytes: int) -> Plane:
-    try:
-        return make_plane(address, block, dims, run_bytes)
-    except LayoutError as error:
-        raise LayoutError(f"KV tensor not understood, {error}: {tensor}") from None
+    merged, _ = merge(dims, run_bytes)
+    if len(merged) > DIMS_MAX:
+        # Only cut blocks have as many: pieces, tokens, heads, K|V, and no two of them contiguous.
+        raise LayoutError(
+            f"KV tensor not understood, blocks that a kernel has cut, heads outside tokens and K apart from V are too "
+            f"much together; start the engine with blocks of {dims[1][0]} tokens, which are not cut: {tensor}"
+        )
+    return make_plane(address, block, dims, run_bytes)

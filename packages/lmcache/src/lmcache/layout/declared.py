@@ -39,6 +39,8 @@ _TRANSPARENT = {
             "FLASH_ATTN_DIFFKV",
             "TRITON_ATTN",
             "TRITON_ATTN_DIFFKV",
+            "TRITON_FLASH_ATTN",
+            "TRITON_FLASHINFER",
             "FLASHINFER",
             "FLEX_ATTENTION",
             "FLASHMLA",
@@ -48,6 +50,7 @@ _TRANSPARENT = {
             "FLASHINFER_MLA_SPARSE",
             "CUTLASS_MLA",
             "TRITON_MLA",
+            "TOKENSPEED_MLA",
             "DEEPSEEK_V32_INDEXER",
         )
     ),
@@ -59,6 +62,11 @@ _TRANSPARENT = {
     (RBLN, "rbln"): frozenset(("RBLN",)),
 }
 """Backends, by (engine, kind of device), whose kernels read a block element by element in the order of its shape."""
+
+
+def transparent_backends(engine: str, device: str) -> frozenset[str]:
+    """Backends of an engine on a kind of device whose kernels read a block element by element; none elsewhere."""
+    return _TRANSPARENT.get((engine, device), frozenset())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +87,9 @@ class Declared:
         head_size_v: of V; 0 is the same as K's.
         dtype: of the KV, as torch names it: "bfloat16".
         quantization: "none", "per_tensor", or what the engine calls any other.
-        is_dense: the engine itself says that a block is K and V of each head and token and nothing else, in the order
-            of its shape. It counts where the backend is not known.
+        is_dense: whether the engine itself says that a block is K and V of each head and token and nothing else, in
+            the order of its shape; None where it says nothing. True counts where the backend is not known, False
+            always.
         order: "NHD" or "HND", where the engine says whether a tensor's shape has tokens or heads first; "" if not.
     """
 
@@ -95,7 +104,7 @@ class Declared:
     head_size_v: int = 0
     dtype: str
     quantization: str = "none"
-    is_dense: bool = False
+    is_dense: bool | None = None
     order: str = ""
 
     def __post_init__(self) -> None:
@@ -112,10 +121,12 @@ class Declared:
     @property
     def form(self) -> str:
         """CANONICAL where the inside of a block is known, else RAW."""
-        backends, backend = _TRANSPARENT.get((self.engine, self.device), frozenset()), self.attention_backend.upper()
+        backends, backend = transparent_backends(self.engine, self.device), self.attention_backend.upper()
+        is_read_plainly = backend in backends if backend else bool(backends and self.is_dense)
         is_known = (
             self.kind not in ("state", "opaque")
-            and (backend in backends or bool(backends and not backend and self.is_dense))
+            and is_read_plainly
+            and self.is_dense is not False
             and self.quantization in _WHOLE_ELEMENTS
             and self.dtype in ITEM_BYTES
         )

@@ -48,7 +48,12 @@ def engine_fields(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> di
         "weights": _weights(vllm_config),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
-        "kv_dtype": str(cache.cache_dtype),
+        "kv_dtype": (
+            str(cache.cache_dtype),
+            # vLLM shows the scheduler's side one layer's spec of a group whose layers differ.
+            tuple(map(str, getattr(cache, "kv_cache_dtype_skip_layers", None) or ())),
+            str(getattr(vllm_config.attention_config, "indexer_kv_dtype", None)),
+        ),
         "ranks": (parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.world_size),
         "speculation": _speculation(vllm_config),
         "layout": _layout(vllm_config, kv_cache_config),
@@ -96,8 +101,9 @@ def _speculation(vllm_config: VllmConfig) -> Value:
 def _layout(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[Value, ...]:
     """The form of an extent, group by group: what a chunk holds, and in which order.
 
-    Canonical chunks (backends whose kernels read a block element by element) are the same for every block size and
-    physical order. Of raw ones, which move as whole blocks, everything that shapes a block's inside counts.
+    Canonical chunks (backends whose kernels read a block element by element) are the same for every block size,
+    physical order and such backend. Of raw ones, which move as whole blocks, everything that shapes a block's inside
+    counts.
     """
     described: list[Value] = []
     groups = zip(kv_cache_config.kv_cache_groups, declared_groups(vllm_config, kv_cache_config), strict=True)
@@ -120,6 +126,9 @@ def _inside(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, spec: Any) 
         getattr(spec, "head_size", None),
         str(getattr(spec, "dtype", None)),
         str(getattr(spec, "kv_quant_mode", None)),
+        getattr(spec, "num_head_slots", None),
+        getattr(spec, "state_content_bytes", None),
+        str(getattr(spec, "tokens_per_state", None)),
         str(getattr(kv_cache_config, "kv_cache_layout", None)),
         _platform(vllm_config, spec),
     )
