@@ -11,6 +11,7 @@ def test_what_nobody_explains_is_noticed_once() -> None:
     burden = bytearray(b"x") * (UNEXPLAINED_BYTES_MAX + (8 << 20))
     assert scale.is_heavy(0)
     assert not scale.is_heavy(0)
+    scale.close()
     del burden
 
 
@@ -19,4 +20,5 @@ def test_entries_explain_memory() -> None:
     assert not scale.is_heavy(0)
     burden = bytearray(b"x") * (UNEXPLAINED_BYTES_MAX + (8 << 20))
     assert not scale.is_heavy(len(burden) // 1024)
+    scale.close()
     del burden

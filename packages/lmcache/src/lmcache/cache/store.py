@@ -108,6 +108,11 @@ class Cache:
         return bool(self._leases.of_owner.get(owner))
 
     @property
+    def num_entries(self) -> int:
+        """Visible entries."""
+        return len(self._index.by_key)
+
+    @property
     def num_unwritten(self) -> int:
         """Entries that wait to be written to the tiers."""
         return len(self._room.unwritten)

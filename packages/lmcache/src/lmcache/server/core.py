@@ -104,8 +104,11 @@ class Core:
         poller.watch(self._ends.wake.fileno())
         self._watch_service()
         self._weigh_at = self._clock.now()
-        while not self._is_over():
-            self.turn()
+        try:
+            while not self._is_over():
+                self.turn()
+        finally:
+            self._scale.close()
 
     def _is_over(self) -> bool:
         if self._stop_at is None:
@@ -152,7 +155,7 @@ class Core:
             self._send(peer, reply)
         if self._weigh_at is not None and self._weigh_at <= now:
             self._weigh_at = now + WEIGH_S
-            if self._scale.is_heavy(self._cache.usage().num_entries):
+            if self._scale.is_heavy(self._cache.num_entries):
                 self._end_strangers()
         if self._check_at is not None and self._check_at <= now:
             self._check_at = None
@@ -173,7 +176,7 @@ class Core:
 
     def _check(self) -> None:
         """The books, looked through when there is nothing else to do; not those that would hold the loop for long."""
-        if self._cache.usage().num_entries > CHECKED_ENTRIES_MAX:
+        if self._cache.num_entries > CHECKED_ENTRIES_MAX:
             return
         try:
             self._cache.check_integrity()

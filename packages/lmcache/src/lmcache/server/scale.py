@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 WEIGH_S = 0.1
-"""How often to look; one look takes about 20 us."""
+"""How often to look: all that an idle core does."""
 
 UNEXPLAINED_BYTES_MAX = 128 << 20
 """What requests under way may take, those that have not arrived whole among them."""
 
+_STATM_BYTES_MAX = 256
 _ENTRY_BYTES = 2048  # of an entry in the books, at most
 
 
@@ -18,11 +19,13 @@ class Scale:
 
     def __init__(self) -> None:
         self._base_bytes: int | None = None
+        self._statm: int | None = None  # kept open: opening it would be half of the work
+        self._page_bytes = os.sysconf("SC_PAGESIZE")
 
     def is_heavy(self, num_entries: int) -> bool:
         """Whether there is too much. Said once: the next look takes what it finds as the new normal, since freed memory
         does not all return to the system."""
-        beyond = _private_bytes() - num_entries * _ENTRY_BYTES
+        beyond = self._private_bytes() - num_entries * _ENTRY_BYTES
         if self._base_bytes is None:
             self._base_bytes = beyond
         heavy = beyond > self._base_bytes + UNEXPLAINED_BYTES_MAX
@@ -30,9 +33,15 @@ class Scale:
             self._base_bytes = None
         return heavy
 
+    def close(self) -> None:
+        """After the last look."""
+        if self._statm is not None:
+            os.close(self._statm)
+            self._statm = None
 
-def _private_bytes() -> int:
-    """Resident memory that is not a file's: mapped records grow with use, and are no concern here."""
-    with open("/proc/self/statm", "rb") as file:
-        _, resident, shared, *_ = file.read().split()
-    return (int(resident) - int(shared)) * os.sysconf("SC_PAGESIZE")
+    def _private_bytes(self) -> int:
+        """Resident memory that is not a file's: mapped records grow with use, and are no concern here."""
+        if self._statm is None:
+            self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        _, resident, shared, *_ = os.pread(self._statm, _STATM_BYTES_MAX, 0).split()
+        return (int(resident) - int(shared)) * self._page_bytes
