@@ -27,6 +27,16 @@ using Gather = void (*)(std::uint64_t* lanes, const Piece* pieces, std::size_t c
 using Scatter = void (*)(std::uint64_t* lanes, const std::uint8_t* src, const Piece* pieces, std::size_t count,
                          const std::uint8_t* secret);
 
+inline constexpr std::size_t kBlockBytes = 1024;  // of XXH3's long loop: (secret - stripe) / 8 = 16 stripes
+inline constexpr std::size_t kLeafBlocks = 16;
+inline constexpr std::size_t kAheadBlocks = kAheadBytes / kBlockBytes;
+
+// Accumulate of two leaves of kLeafBlocks blocks at once, into lanes[0..7] and lanes[8..15]; block i of the first is
+// read from src[i] and written to dst[i], of the second at kLeafBlocks + i. src goes on with the next two leaves, whose
+// first kAheadBlocks blocks are fetched ahead.
+using Pair = void (*)(std::uint64_t* lanes, const std::uint8_t* const* src, std::uint8_t* const* dst,
+                      const std::uint8_t* secret);
+
 struct Kernels {
     const char* name;
     Accumulate hash;    // writes nothing, dst is ignored
@@ -34,6 +44,7 @@ struct Kernels {
     Accumulate stream;  // non-temporal stores, dst on a 64-byte boundary
     Gather gather;      // non-temporal stores, dst on a 64-byte boundary
     Scatter scatter;    // non-temporal stores where a piece is on a 64-byte boundary
+    Pair pair;          // non-temporal stores, dst on 64-byte boundaries
     void (*stream_bytes)(std::uint8_t* dst, const std::uint8_t* src, std::size_t bytes);  // any address, any length
     void (*fence)();    // orders the non-temporal stores of this thread before what it does next
 };

@@ -78,6 +78,7 @@ const Kernels avx2_kernels{
     accumulate<Avx2Lanes, Write::stream>,
     gather<Avx2Lanes>,
     scatter<Avx2Lanes>,
+    pair<Avx2Lanes>,
     stream_bytes<Avx2Lanes>,
     fence,
 };

@@ -51,6 +51,7 @@ const Kernels avx512_kernels{
     accumulate<Avx512Lanes, Write::stream>,
     gather<Avx512Lanes>,
     scatter<Avx512Lanes>,
+    pair<Avx512Lanes>,
     stream_bytes<Avx512Lanes>,
     fence,
 };

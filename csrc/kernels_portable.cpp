@@ -54,6 +54,7 @@ const Kernels portable_kernels{
     accumulate<PortableLanes, Write::plain>,
     gather<PortableLanes>,
     scatter<PortableLanes>,
+    pair<PortableLanes>,
     copy_bytes,
     no_fence,
 };

@@ -53,6 +53,8 @@ private:
     bool is_block_;
 };
 
+static_assert(kLeafBytes == kLeafBlocks * kBlockBytes);
+
 // Hash of a leaf that was gathered from the fragments into the pool.
 std::uint64_t store_leaf(const Kernels& kernels, Fragments& from, std::uint8_t* pool, std::size_t bytes);
 

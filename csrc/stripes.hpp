@@ -15,8 +15,7 @@ namespace {
 enum class Write { none, plain, stream };
 
 constexpr std::size_t kStripeBytes = 64;
-constexpr std::size_t kStripesPerBlock = 16;  // (secret of 192 bytes - stripe) / 8 bytes that each stripe moves on
-constexpr std::size_t kBlockBytes = kStripeBytes * kStripesPerBlock;
+constexpr std::size_t kStripesPerBlock = kBlockBytes / kStripeBytes;
 constexpr std::size_t kScrambleAt = 128;   // in the secret
 constexpr std::size_t kLastStripeAt = 121;  // in the secret
 
@@ -155,6 +154,37 @@ void scatter(std::uint64_t* lanes, const std::uint8_t* src, const Piece* pieces,
     } else {
         stripes.template add_last<Write::plain>(src, last.at + last.bytes - kStripeBytes, lanes);
     }
+}
+
+// Two leaves side by side keep more loads in flight than one, and every line is fetched 4 KiB before its use, those of
+// the next two leaves included, wherever they are: store of 32 KiB fragments 1.20 x memcpy, one leaf after another with
+// prefetch_linear 1.04, side by side with prefetch_linear 1.08, one after another with this prefetch 1.13 (one thread
+// of a 2-core EPYC of the fifth generation, where a plain copy with non-temporal stores makes 1.11).
+template <class Lanes>
+void pair(std::uint64_t* lanes, const std::uint8_t* const* src, std::uint8_t* const* dst, const std::uint8_t* secret) {
+    Lanes first(lanes), second(lanes + 8);
+    for (std::size_t block = 0; block < kLeafBlocks; ++block) {
+        const std::size_t next = block + kAheadBlocks;
+        const std::uint8_t* const* const ahead = src + (next < kLeafBlocks ? next : next + kLeafBlocks);
+        const std::uint8_t* const near[2] = {src[block], src[kLeafBlocks + block]};
+        const std::uint8_t* const far[2] = {ahead[0], ahead[kLeafBlocks]};
+        std::uint8_t* const to[2] = {dst[block], dst[kLeafBlocks + block]};
+        const auto stripe = [&](std::size_t at, const std::uint8_t* with) {
+            __builtin_prefetch(far[0] + at, 0, 3);
+            __builtin_prefetch(far[1] + at, 0, 3);
+            first.template stripe<Write::stream>(near[0] + at, to[0] + at, with);
+            second.template stripe<Write::stream>(near[1] + at, to[1] + at, with);
+        };
+        for (std::size_t i = 0; i + 1 < kStripesPerBlock; ++i) stripe(i * kStripeBytes, secret + 8 * i);
+        const bool is_last = block + 1 == kLeafBlocks;
+        stripe(kBlockBytes - kStripeBytes, secret + (is_last ? kLastStripeAt : 8 * (kStripesPerBlock - 1)));
+        if (!is_last) {
+            first.scramble(secret + kScrambleAt);
+            second.scramble(secret + kScrambleAt);
+        }
+    }
+    first.save(lanes);
+    second.save(lanes + 8);
 }
 
 // Copies with `Lanes::stream_line` where dst is aligned, and with memcpy before and after.

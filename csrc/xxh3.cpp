@@ -124,18 +124,25 @@ u64 hash_short(const u8* data, std::size_t bytes, u64 seed) {
     return avalanche_xxh64(seed ^ read64(kSecret + 56) ^ read64(kSecret + 64));
 }
 
-// `fold_in` folds all bytes into the lanes.
-template <class FoldIn>
-u64 hash_long(std::size_t bytes, const u8* secret, FoldIn fold_in) {
-    alignas(64) u64 lanes[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
-                                kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
-    fold_in(lanes);
+constexpr u64 kLanes[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
+                           kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
+
+u64 merged(const u64* lanes, std::size_t bytes, const u8* secret) {
     u64 hash = bytes * kPrime64_1;
     for (std::size_t i = 0; i < 4; ++i) {
         const u8* with = secret + kMergeAt + 16 * i;
         hash += fold(lanes[2 * i] ^ read64(with), lanes[2 * i + 1] ^ read64(with + 8));
     }
     return avalanche(hash);
+}
+
+// `fold_in` folds all bytes into the lanes.
+template <class FoldIn>
+u64 hash_long(std::size_t bytes, const u8* secret, FoldIn fold_in) {
+    alignas(64) u64 lanes[8];
+    std::memcpy(lanes, kLanes, sizeof lanes);
+    fold_in(lanes);
+    return merged(lanes, bytes, secret);
 }
 
 }  // namespace
@@ -163,6 +170,14 @@ std::uint64_t xxh3_64_gather(Gather kernel, const Piece* pieces, std::size_t cou
 std::uint64_t xxh3_64_scatter(Scatter kernel, const std::uint8_t* src, const Piece* pieces, std::size_t count,
                               std::size_t bytes) {
     return hash_long(bytes, kSecret, [&](u64* lanes) { kernel(lanes, src, pieces, count, kSecret); });
+}
+
+void xxh3_64_pair(Pair kernel, const std::uint8_t* const* src, std::uint8_t* const* dst, std::uint64_t* hashes) {
+    alignas(64) u64 lanes[16];
+    std::memcpy(lanes, kLanes, sizeof kLanes);
+    std::memcpy(lanes + 8, kLanes, sizeof kLanes);
+    kernel(lanes, src, dst, kSecret);
+    for (std::size_t i = 0; i < 2; ++i) hashes[i] = merged(lanes + 8 * i, kLeafBlocks * kBlockBytes, kSecret);
 }
 
 }  // namespace lmcache

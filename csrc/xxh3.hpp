@@ -23,4 +23,7 @@ std::uint64_t xxh3_64_gather(Gather kernel, const Piece* pieces, std::size_t cou
 std::uint64_t xxh3_64_scatter(Scatter kernel, const std::uint8_t* src, const Piece* pieces, std::size_t count,
                               std::size_t bytes);
 
+// Two hashes, of leaves of kLeafBlocks blocks.
+void xxh3_64_pair(Pair kernel, const std::uint8_t* const* src, std::uint8_t* const* dst, std::uint64_t* hashes);
+
 }  // namespace lmcache

@@ -95,7 +95,7 @@ struct World {
     // Blocks and dims lie around the run in any order, with gaps, forwards or backwards.
     Plane some_plane(u64 num_blocks) {
         Plane plane{};
-        plane.run = in_lines ? 64 * (1 + below(80)) : some_length();
+        plane.run = in_blocks ? kBlockBytes * (1 + below(20)) : in_lines ? 64 * (1 + below(80)) : some_length();
         Dim blocks{num_blocks, 0};
         std::vector<Dim*> order{&blocks};
         for (Dim& dim : plane.dims) {
@@ -130,7 +130,7 @@ struct World {
         std::shuffle(ids.begin(), ids.end(), random_words);
         ids.resize(num_chunks * group.blocks_per_chunk);
         if (plan.direction == Direction::retrieve) {
-            for (std::int64_t& id : ids) id = below(3) == 0 ? kNoBlock : id;
+            for (std::int64_t& id : ids) id = below(in_blocks ? 20 : 3) == 0 ? kNoBlock : id;
         }
         return ids;
     }
@@ -177,6 +177,7 @@ struct World {
     Bytes pool;
     std::size_t extent_bytes = 0;
     const bool in_lines = below(2) != 0;  // all of the engine's runs are whole cache lines
+    const bool in_blocks = in_lines && below(2) != 0;  // and whole blocks of the hash
 };
 
 void hashes_agree_on_every_instruction_set() {
