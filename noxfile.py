@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import artefacts  # noqa: E402
+import bench_form  # noqa: E402
 import long_form  # noqa: E402
 import upstream_env  # noqa: E402
 from environments import (  # noqa: E402
@@ -247,12 +248,7 @@ def server(session: nox.Session) -> None:
 @gate(400, "tiers")
 def tiers(session: nox.Session) -> None:
     """One suite over every adapter, each against its real store; then what each does when the store fails."""
-    version = main_version()
-    needed = [*extras("redis", "object", "mooncake", "seal"), *artefacts.group("tiers")]
-    recipe = ROOT / "scripts" / "tier_env.py"
-    python = environment("tiers", version, needed, sites=[requirements_site(version)], script=recipe)
-    install_wheel(python, artefacts.full_wheel(version))
-    pytest(session, python, "tests/tiers")
+    pytest(session, tiers_environment(), "tests/tiers")
 
 
 @gate(300, "sim")
@@ -357,6 +353,12 @@ def e2e_vllm(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """All benchmarks in one run, beside upstream's release and the bare machine; `-- --full`, `-- --only NAME ...`."""
+    bench_form.run(session, tiers_environment(), vllm_environment())
+
+
+@nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Server and our own small engine: a long document, asked cold, warm and after a restart."""
     session.run(str(engine_environment()), "-m", "lmcache_cli", "demo", *session.posargs)
@@ -373,6 +375,16 @@ def engine_environment() -> Path:
     version = main_version()
     needed = [*artefacts.full_requirements(), *extras("engine"), *artefacts.group("test")]
     python = environment("engine", version, needed, sites=[torch_site()])
+    install_wheel(python, artefacts.full_wheel(version))
+    return python
+
+
+def tiers_environment() -> Path:
+    """The full wheel and the libraries and servers of all tiers; returns its python."""
+    version = main_version()
+    needed = [*extras("redis", "object", "mooncake", "seal"), *artefacts.group("tiers", "native")]
+    recipe = ROOT / "scripts" / "tier_env.py"
+    python = environment("tiers", version, needed, sites=[requirements_site(version)], script=recipe)
     install_wheel(python, artefacts.full_wheel(version))
     return python
 

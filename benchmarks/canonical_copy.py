@@ -4,14 +4,12 @@
 
 One thread moves 16-token blocks of 8 layers (8 heads of 128, bfloat16: 64 KiB a block of a layer), in a shuffled order,
 between anonymous memory and a MAP_SHARED tmpfs file, everything touched beforehand. For each format the three take
-turns, and the table shows medians of one run. memcpy is numpy's ``take`` of the same blocks in 64 KiB pieces, whatever
-the format.
+turns. "ours" is the canonical copy, "raw" the copy that keeps the engine's order of bytes, both with a checksum of
+every chunk; memcpy is numpy's ``take`` of the same blocks in 64 KiB pieces, whatever the format, without one.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import mmap
 import random
 import statistics
@@ -22,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+from common import Report, Row, Spread, parser, spread
 from numpy.typing import NDArray
 
 from lmcache.layout import Declared, Layout, Part, TensorSpec, layer_group
@@ -106,8 +105,10 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(plain: Callable[[], object], raw: Case, canonical: Case, verb: str, rounds: int) -> dict[str, float]:
-    """Median GB/s (10**9 bytes) of the three, and medians of the ratios of neighbouring rounds."""
+def measure(
+    plain: Callable[[], object], raw: Case, canonical: Case, verb: str, rounds: int
+) -> tuple[dict[str, Spread], float]:
+    """GB/s (10**9 bytes) of the three, and the median of the ratios of canonical and raw, round by round."""
     times = []
     for _ in range(rounds + 1):
         turn = [seconds(plain)]
@@ -118,20 +119,13 @@ def measure(plain: Callable[[], object], raw: Case, canonical: Case, verb: str, 
         times.append(turn)
     times = times[1:]
     gigabytes = raw.pool.size / 1e9
-    speeds = [gigabytes / statistics.median(turn[column] for turn in times) for column in range(3)]
-    return {
-        "memcpy_gb_per_s": speeds[0],
-        "raw_gb_per_s": speeds[1],
-        "canonical_gb_per_s": speeds[2],
-        "raw_to_memcpy": statistics.median(turn[0] / turn[1] for turn in times),
-        "canonical_to_memcpy": statistics.median(turn[0] / turn[2] for turn in times),
-        "canonical_to_raw": statistics.median(turn[1] / turn[2] for turn in times),
-    }
+    columns = dict(zip(("memcpy", "raw", "ours"), zip(*times, strict=True), strict=True))
+    figures = {name: spread([gigabytes / taken for taken in columns[name]]) for name in ("ours", "raw", "memcpy")}
+    return figures, statistics.median(turn[1] / turn[2] for turn in times)
 
 
-def run(total_bytes: int, rounds: int) -> list[dict[str, object]]:
-    """Every format, both ways; prints a line for each."""
-    rows: list[dict[str, object]] = []
+def run(total_bytes: int, rounds: int, report: Report) -> None:
+    """Every format, both ways."""
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
         file.truncate(total_bytes)
         pool = np.frombuffer(mmap.mmap(file.fileno(), total_bytes), np.uint8)
@@ -143,8 +137,7 @@ def run(total_bytes: int, rounds: int) -> list[dict[str, object]]:
         random.Random(0).shuffle(table)
         pages = engine.reshape(-1, PAGE_BYTES), pool.reshape(-1, PAGE_BYTES)
         order = np.random.default_rng(1).permutation(len(pages[0]))
-        print(f"{_native.features()}, {total_bytes // MIB} MiB, {rounds} rounds, one thread, GB/s")
-        print(f"{'':27}{'memcpy':>8}{'raw':>8}{'canonical':>11}{'raw/memcpy':>12}{'can/memcpy':>12}{'can/raw':>9}")
+        print(f"{_native.features()}, {total_bytes // MIB} MiB, {rounds} rounds, one thread")
         for verb in ("store", "retrieve"):
             source, target = pages if verb == "store" else pages[::-1]
             for name, (tokens, axes) in FORMATS.items():
@@ -154,30 +147,21 @@ def run(total_bytes: int, rounds: int) -> list[dict[str, object]]:
                 def plain(source: Bytes = source, target: Bytes = target) -> None:
                     np.take(source, order, axis=0, out=target, mode="clip")
 
-                got = measure(plain, raw, canonical, verb, rounds)
-                rows.append({"verb": verb, "format": name, **got})
-                print(
-                    f"{verb:10}{name:17}{got['memcpy_gb_per_s']:>8.1f}{got['raw_gb_per_s']:>8.1f}"
-                    f"{got['canonical_gb_per_s']:>11.1f}{got['raw_to_memcpy']:>12.2f}"
-                    f"{got['canonical_to_memcpy']:>12.2f}{got['canonical_to_raw']:>9.2f}"
-                )
-    return rows
+                figures, ratio = measure(plain, raw, canonical, verb, rounds)
+                report.add(Row(f"canonical {verb}, {name}", "GB/s", figures, ratio, "ours / raw, round by round"))
 
 
 def main() -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description="Canonical against raw copies.")
-    parser.add_argument("--json", metavar="PATH", help="write the figures to PATH as well")
-    parser.add_argument("--total-mib", type=int, default=256, help="bytes moved by each copy (default 256)")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each format (default 9)")
-    args = parser.parse_args()
+    """Print the rows."""
+    options = parser(__doc__)
+    options.add_argument("--total-mib", type=int, default=256, help="bytes moved by each copy (default 256)")
+    options.add_argument("--rounds", type=int, default=9, help="turns of each format (default 9)")
+    args = options.parse_args()
     if args.total_mib * MIB % CHUNK_BYTES or args.total_mib < 1 or args.rounds < 1:
-        parser.error(f"--total-mib must be a multiple of {CHUNK_BYTES // MIB} and --rounds at least 1")
-    rows = run(args.total_mib * MIB, args.rounds)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"features": _native.features(), "rows": rows}, file, indent=1)
-    return 0
+        options.error(f"--total-mib must be a multiple of {CHUNK_BYTES // MIB} and --rounds at least 1")
+    report = Report()
+    run(args.total_mib * MIB, args.rounds, report)
+    return report.end(args.json, {"features": _native.features()})
 
 
 if __name__ == "__main__":

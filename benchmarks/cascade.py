@@ -1,6 +1,6 @@
 """L1 and the tiers below it: lookups beside tiers, stores at twice a tier's speed, the disk's share, a restart.
 
-    python benchmarks/cascade.py [lookup] [overload] [disk] [restart] [--folder DIR] [--seconds 60] [--json PATH]
+    python benchmarks/cascade.py [lookup] [overload] [disk] [restart] [--folder DIR] [--seconds 10] [--json PATH]
 
 lookup: a prompt of 128k tokens that lies wholly in L1, on a server without tiers and on one with a file tier, in turn.
 overload: an engine stores at twice the speed of a tier, a real Redis behind a proxy that lets so many bytes a second
@@ -27,8 +27,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import clients
 import common
-import lookup
+from common import Row
 from msgspec.structs import replace
 from slow_tier import overload
 
@@ -47,6 +48,7 @@ PARTS = ("lookup", "overload", "disk", "restart")
 GB = 1 << 30
 ANSWER_S = 30.0
 
+CHUNK_TOKENS = 256
 PROMPT_TOKENS, LOOKUP_BLOCK = 131072, 20
 SAME_RATIO = 1.05
 """What "costs the same" means: medians of two servers that are the same differ by as much."""
@@ -66,36 +68,39 @@ def file_tier(folder: Path, size_gb: float) -> list[str]:
 # --- lookup -----------------------------------------------------------------------------------------------------------
 
 
-def measure_lookup(folder: Path, rounds: int) -> tuple[dict[str, Any], bool]:
+def measure_lookup(folder: Path, rounds: int, report: common.Report) -> None:
     """A prompt that lies in L1, without and with a tier."""
     parent, source = namespace({"model": "benchmark"}), random.Random(0)
     tokens = [source.randrange(128_000) for _ in range(PROMPT_TOKENS)]
-    keys = extend(parent, pack_tokens(tokens), lookup.CHUNK_TOKENS)
+
+    def keys_of() -> list[bytes]:
+        return extend(parent, pack_tokens(tokens), CHUNK_TOKENS)
+
+    keys = keys_of()
     times: dict[str, list[float]] = {"without": [], "with": []}
     with ExitStack() as stack:
         sessions = {}
         for name, options in (("without", []), ("with", file_tier(folder / "lookup", 1.0))):
-            server = stack.enter_context(PrivateServer(options, 0.25, lookup.CHUNK_TOKENS))
+            server = stack.enter_context(PrivateServer(options, 0.25, CHUNK_TOKENS))
             if options:
                 server.wait_tier()
-            worker, line = lookup.attached(server.port, "worker")
-            asker, _ = lookup.attached(server.port, "scheduler")
+            worker, line = clients.attached(server.port, "worker")
+            asker, _ = clients.attached(server.port, "scheduler")
             sessions[name] = SchedulerSession(asker)
             for close in (worker.close, line.client.close, sessions[name].close):
                 stack.callback(close)
-            lookup.hold(line, keys)
+            clients.hold(line, keys)
             if options:
                 wait_until(lambda server=server: server.counts().puts >= len(keys))
         for index in range(-1, -(-rounds // LOOKUP_BLOCK)):
             for name in sorted(sessions, reverse=bool(index % 2)):
-                block = [lookup.look_up(sessions[name], parent, tokens)[0] for _ in range(LOOKUP_BLOCK)]
+                block = [clients.answered(sessions[name], keys_of, len(keys)) for _ in range(LOOKUP_BLOCK)]
                 times[name] += block if index >= 0 else []
-    figures = {name: common.spread(values, 1e6) for name, values in times.items()}
-    ratio = figures["with"]["median"] / figures["without"]["median"]
-    for name, row in figures.items():
-        print(f"lookup of {PROMPT_TOKENS} tokens, all in L1, {name} a tier: {common.text(row, 'us')}")
-    reached = common.judge("lookup with a tier over without", ratio, SAME_RATIO, "x")
-    return {**figures, "ratio": ratio}, reached
+    spreads = {name: common.spread(values, 1e6) for name, values in times.items()}
+    figures = {"ours": spreads["with"], "without a tier": spreads["without"]}
+    ratio = spreads["with"]["median"] / spreads["without"]["median"]
+    title = f"lookup, {PROMPT_TOKENS:,} tokens in L1, file tier"
+    report.add(Row(title, "us", figures, ratio, "ours / without a tier", SAME_RATIO))
 
 
 # --- disk -------------------------------------------------------------------------------------------------------------
@@ -143,16 +148,16 @@ def raw_read(paths: Sequence[Path], num_bytes: int, threads: int) -> float:
         return time.perf_counter() - started
 
 
-def measure_disk(folder: Path, rounds: int) -> tuple[dict[str, Any], bool]:
+def measure_disk(folder: Path, rounds: int, report: common.Report) -> None:
     """A file tier against the disk itself."""
     place = folder / "disk"
     threads = make_tier({"type": "file", "base_path": str(place), "capacity_gb": 1}).concurrency
-    chunk_bytes = 256 * DISK_TOKEN_BYTES
-    num_files = DISK_TOKENS // 256
+    chunk_bytes = CHUNK_TOKENS * DISK_TOKEN_BYTES
+    num_files = DISK_TOKENS // CHUNK_TOKENS
     object_bytes = padded(chunk_bytes) + 4096
     rows: dict[str, list[float]] = {"write": [], "raw_write": [], "promote": [], "raw_read": []}
     total_gb = num_files * object_bytes / GB
-    with PrivateServer(file_tier(place, (rounds + 2) * total_gb), 2.0, 256) as server:
+    with PrivateServer(file_tier(place, (rounds + 2) * total_gb), 2.0, CHUNK_TOKENS) as server:
         server.wait_tier()
         runner = TierRunner(server, DISK_TOKENS, DISK_TOKEN_BYTES)
         known: set[Path] = set()
@@ -172,19 +177,12 @@ def measure_disk(folder: Path, rounds: int) -> tuple[dict[str, Any], bool]:
                     rows[name].append(total_gb / seconds)
         runner.close()
     shutil.rmtree(place)
-    spreads = {name: common.spread(values) for name, values in rows.items()}
-    for name, row in spreads.items():
-        print(f"{name:>10}: {common.text(row, 'GB/s', 3)}, {num_files} x {object_bytes} bytes, {threads} threads")
-    shares = {}
     for name, raw in (("write", "raw_write"), ("promote", "raw_read")):
         pairs = zip(rows[name], rows[raw], strict=True)  # of one moment: disks that others use vary a lot
-        shares[name] = common.spread([ours / theirs for ours, theirs in pairs])
-        print(f"{name} over {raw}, round by round: {common.text(shares[name], 'x', 2)}")
-    reached = [
-        common.judge(f"raw O_DIRECT over {name}", 1 / share["median"], 1 / DISK_SHARE, "x")
-        for name, share in shares.items()
-    ]
-    return {**spreads, "shares": shares, "threads": threads}, all(reached)
+        share = common.spread([ours / theirs for ours, theirs in pairs])["median"]
+        both = {"ours": common.spread(rows[name]), "bare O_DIRECT": common.spread(rows[raw])}
+        title = f"L1 and disk, {name} {num_files} x 8 MiB, {threads} at a time"
+        report.add(Row(title, "GiB/s", both, share, "ours / bare, round by round", DISK_SHARE, at_least=True))
 
 
 # --- restart ----------------------------------------------------------------------------------------------------------
@@ -218,14 +216,14 @@ async def fill(options: dict[str, object], num_objects: int) -> None:
 
 def start_and_hit(options: Sequence[str], key: bytes | None) -> tuple[float, float]:
     """Seconds from the spawn of a server to its first healthy answer, and to the first promoted hit (0: no key)."""
-    server = PrivateServer(options, 0.25, lookup.CHUNK_TOKENS)
+    server = PrivateServer(options, 0.25, CHUNK_TOKENS)
     started = time.perf_counter()
     try:
         server.start()
         healthy_s = time.perf_counter() - started
         if key is None:
             return healthy_s, 0.0
-        link, line = lookup.attached(server.port, "worker")
+        link, line = clients.attached(server.port, "worker")
         request = Lookup(0, keys=key, promote=True)
         while not isinstance(reply := line.client.call(request, ANSWER_S), Found) or not reply.num_chunks:
             if time.perf_counter() - started > ANSWER_S:
@@ -241,12 +239,10 @@ def start_and_hit(options: Sequence[str], key: bytes | None) -> tuple[float, flo
         server.close()
 
 
-def measure_restart(folder: Path, rounds: int, num_objects: int) -> tuple[dict[str, Any], bool]:
+def measure_restart(folder: Path, rounds: int, num_objects: int, report: common.Report) -> None:
     """A server that finds many objects, and one that finds none."""
     place, empty = folder / "restart", folder / "empty"
-    started = time.perf_counter()
     asyncio.run(fill({"type": "file", "base_path": str(place), "capacity_gb": 8}, num_objects))
-    print(f"{num_objects} objects put in {time.perf_counter() - started:.1f} s", flush=True)
     source, rows = random.Random(0), {"healthy": array("d"), "hit": array("d"), "healthy_empty": array("d")}
     for _ in range(rounds):
         healthy_s, hit_s = start_and_hit(file_tier(place, 8), object_key(source.randrange(num_objects)))
@@ -254,13 +250,13 @@ def measure_restart(folder: Path, rounds: int, num_objects: int) -> tuple[dict[s
         rows["hit"].append(hit_s)
         rows["healthy_empty"].append(start_and_hit(file_tier(empty, 8), None)[0])
     spreads = {name: common.spread(values) for name, values in rows.items()}
-    for name, row in spreads.items():
-        print(f"{name:>14}: {common.text(row, 's', 3)} after the spawn")
     shutil.rmtree(place)
-    reached = [
-        common.judge(f"{name} after the spawn", spreads[name]["max"], RESTART_S, "s") for name in ("healthy", "hit")
-    ]
-    return spreads, all(reached)
+    for name, figures in (
+        ("healthy", {"ours": spreads["healthy"], "empty folder": spreads["healthy_empty"]}),
+        ("first promoted hit", {"ours": spreads["hit"]}),
+    ):
+        title = f"restart on {num_objects:,} objects, {name}"
+        report.add(Row(title, "s", figures, figures["ours"]["max"], "slowest, s", RESTART_S))
 
 
 def wait_until(holds: Any) -> None:
@@ -282,32 +278,26 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--folder", metavar="DIR", help="on the disk to measure; default: the temporary folder")
     parser.add_argument(
-        "--rounds", type=int, default=7, help="rounds of disk and restart; lookups are 100 times as many"
+        "--rounds", type=int, default=3, help="rounds of disk and restart; lookups are 100 times as many"
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to store in overload")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long to store in overload")
     parser.add_argument("--objects", type=int, default=OBJECTS, help="objects of restart")
     args = parser.parse_args()
     parts = args.parts or list(PARTS)
     if args.rounds < 2 or set(parts) - set(PARTS):
         parser.error(f"--rounds is at least 2, parts are of {', '.join(PARTS)}")
-    document: dict[str, Any] = common.head()
-    outcomes = []
+    report, details = common.Report(), {}
     with tempfile.TemporaryDirectory(prefix="cascade-", dir=args.folder) as name:
         folder = Path(name)
-        for part in parts:
-            print(f"--- {part}", flush=True)
-            if part == "lookup":
-                figures, reached = measure_lookup(folder, args.rounds * 100)
-            elif part == "overload":
-                figures, reached = overload(folder, args.seconds)
-            elif part == "disk":
-                figures, reached = measure_disk(folder, args.rounds)
-            else:
-                figures, reached = measure_restart(folder, args.rounds, args.objects)
-            document[part] = figures
-            outcomes.append(reached)
-    common.write(args.json, document)
-    return 0 if all(outcomes) else 1
+        if "lookup" in parts:
+            measure_lookup(folder, args.rounds * 100, report)
+        if "overload" in parts:
+            details["overload"] = overload(folder, args.seconds, report)
+        if "disk" in parts:
+            measure_disk(folder, args.rounds, report)
+        if "restart" in parts:
+            measure_restart(folder, args.rounds, args.objects, report)
+    return report.end(args.json, details)
 
 
 if __name__ == "__main__":

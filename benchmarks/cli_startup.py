@@ -1,11 +1,12 @@
 """Start-up of the command line, whole process: ours in both wheels, and upstream's in both of theirs.
 
-    python benchmarks/cli_startup.py [--json PATH] [--rounds 15] [--upstream-thin PYTHON] [--upstream-full PYTHON]
+    python benchmarks/cli_startup.py [--json PATH] [--rounds 7] [--upstream PYTHON] [--upstream-thin PYTHON]
 
 Every command runs once a round, all in turn, after one round that warms the file cache and is not counted. Yardstick,
 of the same interpreter: `python -c "import click"`. Ours thin and full are the two wheels that this checkout builds,
 each in an environment of its own; all command lines ask one server of ours that the script starts. Upstream's are
-measured where an environment of theirs is named (`scripts/upstream_env.py` makes them and says where they are).
+measured where an environment of theirs is named: --upstream of the whole package, whose command line its full wheel
+is, and --upstream-thin of its command line alone (`scripts/upstream_env.py` makes them and says where they are).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+from common import Row
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -85,30 +87,23 @@ def run(rounds: int, upstream: dict[str, Path]) -> dict[str, Any]:
 def main() -> int:
     """Exit 1 when a bound is missed."""
     parser = common.parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="runs of each command (default 15)")
-    for wheel in ("thin", "full"):
-        parser.add_argument(
-            f"--upstream-{wheel}", type=Path, help=f"python of an environment with upstream's {wheel} CLI"
-        )
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each command (default 7)")
+    parser.add_argument("--upstream", type=Path, metavar="PYTHON", help="of an environment with upstream's package")
+    parser.add_argument("--upstream-thin", type=Path, metavar="PYTHON", help="of one with upstream's CLI alone")
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
-    chosen = {"upstream thin": args.upstream_thin, "upstream full": args.upstream_full}
-    facts = common.head()
-    rows = run(args.rounds, {world: python for world, python in chosen.items() if python is not None})
-    for title, figures in rows.items():
-        world = "ours full" if "full" in title else "ours thin"
-        ratio = figures["median"] / rows[f"click {world}"]["median"]
-        print(f"{title:24} {common.text(figures, 'ms', 0):>22}  {ratio:5.2f} x import click")
-    common.write(args.json, {**facts, "rows": rows})
-    reached = [
-        common.judge(
-            f"{world} {words}", rows[f"{world} {words}"]["median"] / rows[f"click {world}"]["median"], bound, "x"
-        )
-        for world in ("ours thin", "ours full")
-        for words, bound in BOUNDS.items()
-    ]
-    return os.EX_OK if all(reached) else 1
+    chosen = {"upstream thin": args.upstream_thin, "upstream full": args.upstream}
+    report = common.Report()
+    taken = run(args.rounds, {world: python for world, python in chosen.items() if python is not None})
+    for wheel in ("thin", "full"):
+        for words, bound in BOUNDS.items():
+            names = {"ours": f"ours {wheel} {words}", "import click": f"click ours {wheel}"}
+            names["upstream"] = f"upstream {wheel} {words}"
+            figures = {name: taken[title] for name, title in names.items() if title in taken}
+            ratio = figures["ours"]["median"] / figures["import click"]["median"]
+            report.add(Row(f"lmcache {words}, {wheel} wheel", "ms", figures, ratio, "ours / import click", bound))
+    return report.end(args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Servers of the time-to-first-token benchmark: stock ``vllm serve``, and the upstream project's cache server."""
+"""Stock ``vllm serve`` under measurement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "vllm_cpu"
 
 def small_model(folder: Path) -> Path:
     """The small model of examples/vllm_cpu, made in ``folder`` by a process of its own, unless it is there already."""
-    subprocess.run([sys.executable, str(EXAMPLES / "models.py"), "small-llama", str(folder)], check=True)
+    command = [sys.executable, str(EXAMPLES / "models.py"), "small-llama", str(folder)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     return folder
 
 
@@ -36,9 +37,13 @@ def environment() -> dict[str, str]:
     return {**kept, **quiet, "LMCACHE_TRACK_USAGE": "false", "VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}
 
 
-def transfer_config(port: int) -> list[str]:
-    """The options that connect vLLM to a cache server; the same for ours and the upstream one."""
+def transfer_config(port: int, **settings: Any) -> list[str]:
+    """The options that connect vLLM to a cache server; the same for ours and the upstream one.
+
+    ``settings``: more of ``lmcache.mp.*``.
+    """
     extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
+    extra |= {f"lmcache.mp.{name}": value for name, value in settings.items()}
     config = {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return ["--no-enable-prefix-caching", "--kv-transfer-config", json.dumps(config)]
 
@@ -53,16 +58,16 @@ class First:
 
 
 class VLLM:
-    """``vllm serve`` on a free port of the loopback."""
+    """``vllm serve`` on a free port of the loopback, spawned at once and waited for when entered."""
 
     def __init__(self, python: str, model: Path, log: Path, options: list[str]) -> None:
-        self._port = common.free_port()
+        self.port = common.free_port()
         command = [python, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--host", "127.0.0.1"]
-        command += ["--port", str(self._port), "--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
+        command += ["--port", str(self.port), "--served-model-name", "m", "--dtype", "float32", "--enforce-eager"]
         command += ["--max-model-len", "8192", "--max-num-seqs", "8", "--enable-prompt-tokens-details", *options]
         with log.open("wb") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment(), cwd=log.parent)
-        common.wait_for(f"http://127.0.0.1:{self._port}/health", self.process, log, pause_s=0.2)
+        self._log = log
 
     def first(self, prompt: list[int]) -> First:
         """Stream a greedy completion of two tokens.
@@ -72,7 +77,7 @@ class VLLM:
         """
         document: dict[str, Any] = {"model": "m", "prompt": prompt, "max_tokens": 2, "temperature": 0.0}
         document |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=ANSWER_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
         start = time.perf_counter()
         connection.request("POST", "/v1/completions", json.dumps(document), {"Content-Type": "application/json"})
         reply = connection.getresponse()
@@ -90,28 +95,7 @@ class VLLM:
         return First(ttft_s, "".join(words), cached)
 
     def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        common.stop(self.process)
-
-
-class Upstream:
-    """The upstream project's server in its fastest mode for CPU engines: they map its pool by name."""
-
-    def __init__(self, python: str, log: Path, l1_gb: float) -> None:
-        self.port, http_port = common.free_port(), common.free_port()
-        command = [str(Path(python).parent / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--http-port", str(http_port), "--prometheus-port", str(common.free_port())]
-        command += ["--l1-size-gb", f"{l1_gb:g}", "--eviction-policy", "LRU"]
-        command += ["--supported-transfer-mode", "engine_driven", "--shm-name", f"benchmark-{os.getpid()}"]
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment(), cwd=log.parent)
-        common.wait_for(f"http://127.0.0.1:{http_port}/healthcheck", self.process, log, pause_s=0.2)
-
-    def __enter__(self) -> Self:
+        common.wait_for(f"http://127.0.0.1:{self.port}/health", self.process, self._log, pause_s=0.2)
         return self
 
     def __exit__(

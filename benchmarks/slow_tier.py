@@ -146,7 +146,7 @@ def anonymous_mb(pid: int) -> float:
     return 0.0
 
 
-def overload(folder: Path, seconds: float) -> tuple[dict[str, Any], bool]:
+def overload(folder: Path, seconds: float, report: common.Report) -> dict[str, Any]:
     """Store for so long, wait until the tier has had its chance with everything, and draw up the account."""
     with slow_redis(folder) as port:
         adapter = json.dumps({"type": "redis", "host": "127.0.0.1", "port": port})
@@ -161,7 +161,7 @@ def overload(folder: Path, seconds: float) -> tuple[dict[str, Any], bool]:
             while time.monotonic() < deadline and not is_accounted(storer, server):
                 time.sleep(0.1)
             storer.close()
-            return account(server, storer, samples, num_at_end / elapsed_s)
+            return account(server, storer, samples, num_at_end / elapsed_s, report)
 
 
 def store_for(storer: Storer, seconds: float, pids: dict[str, int]) -> list[dict[str, float]]:
@@ -185,9 +185,13 @@ def is_accounted(storer: Storer, server: PrivateServer) -> bool:
 
 
 def account(
-    server: PrivateServer, storer: Storer, samples: list[dict[str, float]], tier_chunks_s: float
-) -> tuple[dict[str, Any], bool]:
-    """Print what became of the chunks, and judge it."""
+    server: PrivateServer,
+    storer: Storer,
+    samples: list[dict[str, float]],
+    tier_chunks_s: float,
+    report: common.Report,
+) -> dict[str, Any]:
+    """What became of the chunks."""
     counts, metrics = server.counts(), server.metrics()
     num_lost = int(metrics["lost_chunks_total"])
     silent = storer.num_stored - counts.settled - num_lost
@@ -207,20 +211,22 @@ def account(
         "tier_mb_s": tier_chunks_s * chunk_mb,
         "memory_mb": samples,
     }
-    for name, value in figures.items():
-        if name != "memory_mb":
-            print(f"{name:>18}: {value:.1f}" if isinstance(value, float) else f"{name:>18}: {value}")
-    reached = [
-        common.judge("chunks refused by L1", storer.num_refused, 0, ""),
-        common.judge("acknowledgements that were not true", storer.num_untrue, 0, ""),
-        common.judge("chunks lost and not counted", abs(silent), 0, ""),
-    ]
+    speeds = f"{figures['stored_mb_s']:.0f} MB/s stored, {figures['tier_mb_s']:.0f} MB/s into the tier"
+    became = f"{counts.puts} in the tier, {num_lost} evicted unwritten and counted"
+    for what, number, note in (
+        ("refused by L1", storer.num_refused, speeds),
+        ("acknowledged and not there", storer.num_untrue, ""),
+        ("lost and not counted", abs(silent), became),
+    ):
+        said = {"ours": common.spread([number]), "stored": common.spread([storer.num_stored])}
+        report.add(common.Row(f"slow tier, chunks {what}", "", said, number, "ours", 0, note=note))
     for name in ("core", "service"):
-        row = [sample[name] for sample in samples]
-        settled = row[int(len(row) * SETTLING)]
-        print(f"memory of the {name}: {row[0]:.0f} MB at first, {settled:.0f} settled, {max(row):.0f} at most")
-        reached.append(common.judge(f"growth of the {name} since", max(row) - settled, RSS_BOUND_MB, "MB"))
-    return figures, all(reached)
+        column = [sample[name] for sample in samples]
+        settled = column[int(len(column) * SETTLING)]
+        said = {"ours, at most": common.spread([max(column)]), "settled": common.spread([settled])}
+        growth_mb = max(column) - settled
+        report.add(common.Row(f"slow tier, memory of the {name}", "MB", said, growth_mb, "growth, MB", RSS_BOUND_MB))
+    return figures
 
 
 if __name__ == "__main__":

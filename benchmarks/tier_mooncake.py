@@ -1,5 +1,7 @@
 """The mooncake tier against the Mooncake library called directly, on one master and one node, taking turns.
 
+    python benchmarks/tier_mooncake.py [--json PATH] [--rounds 3]
+
 Master and node are processes of their own on loopback, protocol TCP. Directly means: a client of its own, `put_from`
 and `get_into` of one registered buffer an object. The tier is called as the cascade calls it, from an event loop with
 parts that lie in memory (a header page and one extent). Both store new keys and remove them between the rounds, and
@@ -23,9 +25,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from common import free_port, head, parser, spread, stop, text, write
+from common import Report, Row, free_port, parser, spread, stop
 
 from lmcache.tiers import make_tier, objects
 from lmcache.tiers.base import Share, Tier
@@ -61,11 +62,10 @@ def mooncake() -> Iterator[str]:
         master = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         stack.callback(stop, master)
         time.sleep(1.0)
-        node = subprocess.Popen(
-            [sys.executable, "-c", NODE, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL  # the library says at each start what it has detected
+        node = subprocess.Popen([sys.executable, "-c", NODE, address], stdin=pipe, stdout=pipe, stderr=nowhere)
         stack.callback(stop, node)
-        if node.stdout is None or node.stdout.readline() != "ready\n":
+        if node.stdout is None or node.stdout.readline() != b"ready\n":
             raise RuntimeError("the node did not start")
         yield address
 
@@ -156,7 +156,7 @@ async def check(tier: Tier, one: tuple[bytes, list[memoryview]]) -> None:
     await tier.delete([key])
 
 
-async def measure(tier: Tier, address: str, extent_bytes: int, rounds: int) -> list[dict[str, Any]]:
+async def measure(tier: Tier, address: str, extent_bytes: int, rounds: int) -> list[Row]:
     """A row for each verb and number at once."""
     count = MOVED_BYTES // extent_bytes
     each = extent_bytes + objects.PAGE_BYTES
@@ -175,43 +175,36 @@ async def measure(tier: Tier, address: str, extent_bytes: int, rounds: int) -> l
     rows = []
     for verb in ("put", "get"):
         for at_once, pairs in taken.items():
-            row: dict[str, Any] = {"extent_bytes": extent_bytes, "verb": verb, "at_once": at_once}
-            row["library_gb_per_s"] = spread([each * count / 1e9 / library[verb] for library, _ in pairs])
-            row["tier_gb_per_s"] = spread([each * count / 1e9 / mine[verb] for _, mine in pairs])
-            row["ratio"] = statistics.median(library[verb] / mine[verb] for library, mine in pairs)
-            rows.append(row)
+            figures = {
+                "ours": spread([each * count / 1e9 / mine[verb] for _, mine in pairs]),
+                "library": spread([each * count / 1e9 / library[verb] for library, _ in pairs]),
+            }
+            ratio = statistics.median(library[verb] / mine[verb] for library, mine in pairs)
+            bound = BOUND if at_once > 1 else None
+            title = f"mooncake tier, {verb} {extent_bytes // MIB} MiB, {at_once} at a time"
+            rows.append(Row(title, "GB/s", figures, ratio, "ours / library, turn by turn", bound, at_least=True))
     return rows
 
 
-async def run(rounds: int) -> list[dict[str, Any]]:
-    """All rows; prints a line for each."""
-    rows: list[dict[str, Any]] = []
+async def run(rounds: int, report: Report) -> None:
+    """All rows."""
     with mooncake() as address:
         tier = make_tier({"type": "mooncake", "master": address})
         await tier.open()
         for extent_bytes in EXTENTS_BYTES:
             for row in await measure(tier, address, extent_bytes, rounds):
-                rows.append(row)
-                verdict = "       " if row["at_once"] == 1 else "reached" if row["ratio"] >= BOUND else "MISSED "
-                print(
-                    f"{verdict} {row['verb']} {extent_bytes // MIB:>2} MiB, "
-                    f"{row['at_once']} at once: {row['ratio']:.2f} of the library; "
-                    f"library {text(row['library_gb_per_s'], 'GB/s', 2)}, tier {text(row['tier_gb_per_s'], 'GB/s', 2)}",
-                    flush=True,
-                )
+                report.add(row)
         await tier.close()
-    return rows
 
 
 def main() -> int:
     """Exit 1 when a bound is missed."""
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=7, help="turns a size (default 7)")
+    options.add_argument("--rounds", type=int, default=3, help="turns a size (default 3)")
     args = options.parse_args()
-    facts = head()
-    rows = asyncio.run(run(args.rounds))
-    write(args.json, {**facts, "bound": BOUND, "rows": rows})
-    return 0 if all(row["ratio"] >= BOUND for row in rows if row["at_once"] > 1) else 1
+    report = Report()
+    asyncio.run(run(args.rounds, report))
+    return report.end(args.json)
 
 
 if __name__ == "__main__":

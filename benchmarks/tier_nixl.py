@@ -1,5 +1,7 @@
 """The nixl tier against the NIXL library called directly, with the POSIX backend on one folder, taking turns.
 
+    python benchmarks/tier_nixl.py [--json PATH] [--rounds 3] [--folder FOLDER]
+
 Both write and read objects of the same sizes past the page cache. Directly means: memory and file registered once
 beforehand, one descriptor an object, and a loop that asks for the state until it is done. The tier is called as the
 cascade calls it, from an event loop with parts that lie in memory; each put brings a new key to a full pool, so it
@@ -24,9 +26,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from common import head, parser, spread, text, write
+from common import Report, Row, parser, spread
 
 from lmcache.tiers import make_tier, objects
 from lmcache.tiers.base import Share, Tier
@@ -125,7 +126,7 @@ def theirs(direct: Direct, count: int, at_once: int) -> dict[str, float]:
     return taken
 
 
-async def measure(folder: Path, extent_bytes: int, rounds: int) -> list[dict[str, Any]]:
+async def measure(folder: Path, extent_bytes: int, rounds: int) -> list[Row]:
     """A row for each verb."""
     count = MOVED_BYTES // extent_bytes
     each = extent_bytes + objects.PAGE_BYTES
@@ -152,11 +153,14 @@ async def measure(folder: Path, extent_bytes: int, rounds: int) -> list[dict[str
     rows = []
     for verb in ("put", "get"):
         for at_once, pairs in taken.items():
-            row: dict[str, Any] = {"extent_bytes": extent_bytes, "verb": verb, "at_once": at_once}
-            row["library_gb_per_s"] = spread([each * count / 1e9 / library[verb] for library, _ in pairs])
-            row["tier_gb_per_s"] = spread([each * count / 1e9 / mine[verb] for _, mine in pairs])
-            row["ratio"] = statistics.median(library[verb] / mine[verb] for library, mine in pairs)
-            rows.append(row)
+            figures = {
+                "ours": spread([each * count / 1e9 / mine[verb] for _, mine in pairs]),
+                "library": spread([each * count / 1e9 / library[verb] for library, _ in pairs]),
+            }
+            ratio = statistics.median(library[verb] / mine[verb] for library, mine in pairs)
+            bound = BOUND if at_once > 1 else None
+            title = f"nixl tier, {verb} {extent_bytes // MIB} MiB, {at_once} at a time"
+            rows.append(Row(title, "GB/s", figures, ratio, "ours / library, turn by turn", bound, at_least=True))
     return rows
 
 
@@ -170,24 +174,15 @@ async def ours_back(tier: Tier, kept: list[tuple[bytes, list[memoryview]]]) -> N
 def main() -> int:
     """Exit 1 when a bound is missed."""
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=7, help="turns a size (default 7)")
+    options.add_argument("--rounds", type=int, default=3, help="turns a size (default 3)")
     options.add_argument("--folder", type=Path, help="where the files lie (default: a temporary folder)")
     args = options.parse_args()
-    facts = head()
-    rows: list[dict[str, Any]] = []
+    report = Report()
     for extent_bytes in EXTENTS_BYTES:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            rows += asyncio.run(measure(Path(folder), extent_bytes, args.rounds))
-        for row in rows[-4:]:
-            verdict = "       " if row["at_once"] == 1 else "reached" if row["ratio"] >= BOUND else "MISSED "
-            print(
-                f"{verdict} {row['verb']} {extent_bytes // MIB:>2} MiB, "
-                f"{row['at_once']} at once: {row['ratio']:.2f} of the library; "
-                f"library {text(row['library_gb_per_s'], 'GB/s', 2)}, tier {text(row['tier_gb_per_s'], 'GB/s', 2)}",
-                flush=True,
-            )
-    write(args.json, {**facts, "bound": BOUND, "rows": rows})
-    return 0 if all(row["ratio"] >= BOUND for row in rows if row["at_once"] > 1) else 1
+            for row in asyncio.run(measure(Path(folder), extent_bytes, args.rounds)):
+                report.add(row)
+    return report.end(args.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The object tier against obstore called directly, on one store, object sizes and verbs taking turns.
 
+    python benchmarks/tier_object.py [--json PATH] [--rounds 5]
+
 Direct means: `put_async` of the object's pieces in one PUT and `get_async` with its whole body, same settings, one call
 at a time; the body stays in the library's memory. The tier copies it into the parts besides, as the cascade needs it.
 Stores: an S3 server of its own (moto's, whose own speed bounds both), and a folder on tmpfs: no network, so that the
@@ -19,11 +21,12 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from common import free_port, head, parser, spread, stop, text, write
+from common import Report, Row, free_port, parser, spread, stop
 
 from lmcache.tiers import make_tier, objects
 from lmcache.tiers.base import Share
@@ -80,22 +83,21 @@ async def seconds(calls: int, call: Callable[[], Awaitable[object]]) -> float:
     return (time.perf_counter() - start) / calls
 
 
-async def measure(options: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+async def measure(options: dict[str, Any], rounds: int, report: Report) -> None:
     """A row for each size and verb."""
     import obstore
 
     direct = build(site(Options(options)))
     tier = make_tier(options)
     await tier.open()
-    rows: list[dict[str, Any]] = []
     for num_bytes in SIZES_BYTES:
         key, parts = made(num_bytes)
         calls = max(1, MOVED_BYTES // num_bytes)
         work: dict[tuple[str, str], Callable[[], Awaitable[object]]] = {
-            ("put", "obstore"): lambda parts=parts: obstore.put_async(direct, "direct", parts, use_multipart=False),
-            ("put", "tier"): lambda key=key, parts=parts: tier.put(key, parts, SHARE),
+            ("put", "obstore"): partial(obstore.put_async, direct, "direct", parts, use_multipart=False),
+            ("put", "tier"): partial(tier.put, key, parts, SHARE),
             ("get", "obstore"): lambda: _body(obstore, direct),
-            ("get", "tier"): lambda key=key, parts=parts: tier.get(key, parts),
+            ("get", "tier"): partial(tier.get, key, parts),
         }
         taken: dict[tuple[str, str], list[float]] = {case: [] for case in work}
         for turn in range(rounds + 1):
@@ -108,14 +110,14 @@ async def measure(options: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
             part[:] = bytes(len(part))
         if not await tier.get(key, parts) or [bytes(part) for part in parts] != before:
             raise RuntimeError("other bytes came back")
+        bound = BOUND if tier.backend == "s3" else None
         for verb in ("put", "get"):
             pairs = zip(taken[verb, "tier"], taken[verb, "obstore"], strict=True)
-            row: dict[str, Any] = {"store": tier.backend, "bytes": num_bytes, "verb": verb}
-            row["gb_per_s"] = {name: spread(taken[verb, name]) for name in ("obstore", "tier")}
-            row["ratio"] = statistics.median(ours / theirs for ours, theirs in pairs)
-            rows.append(row)
+            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+            figures = {"ours": spread(taken[verb, "tier"]), "obstore": spread(taken[verb, "obstore"])}
+            title = f"object tier, {tier.backend}, {verb} {num_bytes // MIB} MiB"
+            report.add(Row(title, "GB/s", figures, ratio, "ours / obstore, turn by turn", bound, at_least=True))
     await tier.close()
-    return rows
 
 
 async def _body(obstore: Any, direct: Any) -> int:
@@ -126,26 +128,14 @@ async def _body(obstore: Any, direct: Any) -> int:
 def main() -> int:
     """Exit 1 when a bound is missed."""
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=9, help="turns of each (default 9)")
+    options.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     args = options.parse_args()
-    facts = head()
+    report = Report()
     with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder)) as s3:
-        rows = asyncio.run(measure(s3, args.rounds))
+        asyncio.run(measure(s3, args.rounds, report))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        rows += asyncio.run(measure({"type": "object", "url": f"file://{folder}"}, args.rounds))
-    reached = True
-    for row in rows:
-        print(f"{row['store']:6}{row['bytes'] // MIB:>4} MiB {row['verb']}")
-        for name, speed in row["gb_per_s"].items():
-            print(f"           {name:10}{text(speed, 'GB/s', 2)}")
-        if row["store"] != "s3":
-            print(f"           {row['ratio']:.2f} of obstore")
-            continue
-        good = row["ratio"] >= BOUND
-        reached = reached and good
-        print(f"           {'reached' if good else 'MISSED '} {row['ratio']:.2f} of obstore, bound {BOUND}")
-    write(args.json, {**facts, "bound": BOUND, "rows": rows})
-    return 0 if reached else 1
+        asyncio.run(measure({"type": "object", "url": f"file://{folder}"}, args.rounds, report))
+    return report.end(args.json)
 
 
 if __name__ == "__main__":

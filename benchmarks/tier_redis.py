@@ -1,5 +1,7 @@
 """The redis tier against redis-benchmark, on one Redis server, value sizes taking turns.
 
+    python benchmarks/tier_redis.py [--json PATH] [--rounds 3]
+
 For each size both run in turns inside one run: `redis-benchmark -c 1 -P 1 -t set,get -d SIZE`, the tier with one
 connection, one call at a time, and the tier as it comes (its own number of connections, as many calls at a time). The
 tier is called as the cascade calls it, from an event loop with parts that lie in memory; what it gets is compared once.
@@ -21,9 +23,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from common import free_port, head, parser, spread, stop, text, write
+from common import Report, Row, free_port, parser, spread, stop
 
 from lmcache.tiers import make_tier, objects
 from lmcache.tiers.base import Share, Tier
@@ -111,13 +112,12 @@ async def check(tier: Tier, one: Object) -> None:
         raise RuntimeError("other bytes came back")
 
 
-async def measure(port: int, rounds: int) -> list[dict[str, Any]]:
+async def measure(port: int, rounds: int, report: Report) -> None:
     """A row for each size and verb."""
     tier = make_tier({"type": "redis", "port": port})
     alone = make_tier({"type": "redis", "port": port, "connections": 1})
     await tier.open()
     await alone.open()
-    rows: list[dict[str, Any]] = []
     for num_bytes in SIZES_BYTES:
         kept = [made(index, num_bytes) for index in range(tier.concurrency)]
         calls = MOVED_BYTES // num_bytes
@@ -134,35 +134,30 @@ async def measure(port: int, rounds: int) -> list[dict[str, Any]]:
         await check(tier, kept[0])
         for verb in ("set", "get"):
             pairs = zip(taken["tier, 1 connection"], taken["redis-benchmark"], strict=True)
-            row: dict[str, Any] = {"bytes": num_bytes, "verb": verb, "connections": tier.concurrency}
-            row["gb_per_s"] = {
-                name: spread([each[verb] for each in all_], num_bytes / 1e9) for name, all_ in taken.items()
+            ratio = statistics.median(mine[verb] / other[verb] for mine, other in pairs)
+            gb_per_s = {name: spread([each[verb] for each in all_], num_bytes / 1e9) for name, all_ in taken.items()}
+            figures = {
+                "ours": gb_per_s["tier, 1 connection"],
+                "redis-benchmark": gb_per_s["redis-benchmark"],
+                f"ours with {tier.concurrency} connections": gb_per_s["tier"],
             }
-            row["ratio"] = statistics.median(mine[verb] / other[verb] for mine, other in pairs)
-            rows.append(row)
+            size = f"{num_bytes >> 20} MiB" if num_bytes >> 20 else f"{num_bytes // KIB} KiB"
+            says = "ours / redis-benchmark, round by round"
+            title = f"redis tier, {verb} {size}, 1 connection"
+            report.add(Row(title, "GB/s", figures, ratio, says, BOUND, at_least=True))
     await alone.close()
     await tier.close()
-    return rows
 
 
 def main() -> int:
     """Exit 1 when a bound is missed."""
     options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
+    options.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
     args = options.parse_args()
-    facts = head()
+    report = Report()
     with tempfile.TemporaryDirectory() as folder, redis_server(Path(folder)) as port:
-        rows = asyncio.run(measure(port, args.rounds))
-    reached = True
-    for row in rows:
-        print(f"{row['bytes'] // KIB:>6} KiB {row['verb']}")
-        for name, speed in row["gb_per_s"].items():
-            print(f"           {name:20}{text(speed, 'GB/s', 2)}")
-        good = row["ratio"] >= BOUND
-        reached = reached and good
-        print(f"           {'reached' if good else 'MISSED '} {row['ratio']:.2f} of redis-benchmark, bound {BOUND}")
-    write(args.json, {**facts, "bound": BOUND, "rows": rows})
-    return 0 if reached else 1
+        asyncio.run(measure(port, args.rounds, report))
+    return report.end(args.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What encryption at rest costs: sealing and unsealing against the bare cipher and memcpy, and a sealed file tier.
 
+    python benchmarks/tier_sealed.py [FOLDER] [--json PATH] [--rounds 5]
+
 One thread's time on the processor, memory that is used again, round after round in turn:
 
     memcpy    copies the extent
@@ -7,7 +9,7 @@ One thread's time on the processor, memory that is used again, round after round
     seal      what a sealed tier does before a put; the object's checksums, key and header included
     unseal    what it does after a get, where the bytes lie
 
-Then a file tier and the same one sealed, as many calls at a time as it likes. Ratios are medians over rounds.
+Then a file tier in FOLDER and the same one sealed, as many calls at a time as it likes. Ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import head, parser, write
+from common import Report, Row, parser, spread
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from tier_file import Buffers, through
+from tier_file import Buffers, size_of, through
 
 from lmcache.tiers import make_tier, objects
 from lmcache.tiers.objects import PAGE_BYTES, Header
@@ -48,8 +50,8 @@ def memory(num_bytes: int) -> memoryview:
     return made
 
 
-def cipher(extent_bytes: int, rounds: int) -> dict[str, Any]:
-    """GB/s of each way to touch the bytes of an object of one extent."""
+def cipher(extent_bytes: int, rounds: int) -> list[Row]:
+    """Each way to touch the bytes of an object of one extent."""
     key = Key(bytes(4), secrets.token_bytes(32))
     extent, room = memory(extent_bytes), memory(PAGE_BYTES + extent_bytes)
     sealed = memory(PAGE_BYTES + extent_bytes)
@@ -78,16 +80,19 @@ def cipher(extent_bytes: int, rounds: int) -> dict[str, Any]:
             for _ in range(repeats):
                 way()
             times[name].append((time.thread_time() - start) / repeats)
-    row: dict[str, Any] = {"extent_bytes": extent_bytes}
-    for name, values in times.items():
-        row[f"{name}_gb_per_s"] = statistics.median(extent_bytes / value / 1e9 for value in values)
-    for name in RATIOS:
+    speeds = {name: spread([extent_bytes / value / 1e9 for value in values]) for name, values in times.items()}
+    rows = []
+    for name, bound in RATIOS.items():
         pairs = zip(times["AESGCM"], times[name], strict=True)
-        row[f"{name}_ratio"] = statistics.median(bare_s / ours_s for bare_s, ours_s in pairs)
-    return row
+        ratio = statistics.median(bare_s / ours_s for bare_s, ours_s in pairs)
+        figures = {"ours": speeds[name], "AESGCM": speeds["AESGCM"], "memcpy": speeds["memcpy"]}
+        judged = bound if extent_bytes == SIZES[0] else None
+        title = f"{name} {size_of(extent_bytes)}, 1 thread"
+        rows.append(Row(title, "GB/s", figures, ratio, "ours / AESGCM, round by round", judged, at_least=True))
+    return rows
 
 
-async def file_tier(folder: Path, extent_bytes: int, rounds: int) -> list[dict[str, Any]]:
+async def file_tier(folder: Path, extent_bytes: int, rounds: int) -> list[Row]:
     """One row a verb: a file tier and a sealed one, in turn."""
     key = folder / "key"
     key.touch(0o600)
@@ -117,13 +122,16 @@ async def file_tier(folder: Path, extent_bytes: int, rounds: int) -> list[dict[s
         await tier.close()
     gigabytes = count * buffers.object_bytes / 1e9
     return [
-        {
-            "verb": verb,
-            "extent_bytes": extent_bytes,
-            "plain_gb_per_s": statistics.median(gigabytes / plain for plain, _ in times),
-            "sealed_gb_per_s": statistics.median(gigabytes / sealed for _, sealed in times),
-            "ratio": statistics.median(plain / sealed for plain, sealed in times),
-        }
+        Row(
+            f"sealed file tier, {size_of(extent_bytes)}, {verb}, {tiers[0].concurrency} at a time",
+            "GB/s",
+            {
+                "ours": spread([gigabytes / sealed for _, sealed in times]),
+                "unsealed": spread([gigabytes / plain for plain, _ in times]),
+            },
+            statistics.median(plain / sealed for plain, sealed in times),
+            "ours / unsealed, round by round",
+        )
         for verb, times in seconds.items()
     ]
 
@@ -131,37 +139,21 @@ async def file_tier(folder: Path, extent_bytes: int, rounds: int) -> list[dict[s
 def main() -> int:
     """Exit 1 when a bound is missed."""
     options = parser(__doc__)
-    options.add_argument("folder", type=Path, help="where to write; it must exist")
-    options.add_argument("--rounds", type=int, default=9, help="alternations (default 9)")
+    options.add_argument("folder", type=Path, nargs="?", help="where to write; it must exist")
+    options.add_argument("--rounds", type=int, default=5, help="alternations (default 5)")
     args = options.parse_args()
-    facts = head()
-    ciphers, tiers = [], []
-    print(f"{'extent':>10}{'memcpy':>9}{'AESGCM':>9}{'seal':>8}{'unseal':>8}  GB/s, one thread; share of AESGCM")
+    report = Report()
     for extent_bytes in SIZES:
-        row = cipher(extent_bytes, args.rounds)
-        ciphers.append(row)
-        print(
-            f"{extent_bytes // KIB:>6} KiB{row['memcpy_gb_per_s']:>9.2f}{row['AESGCM_gb_per_s']:>9.2f}"
-            f"{row['seal_gb_per_s']:>8.2f}{row['unseal_gb_per_s']:>8.2f}  seal {row['seal_ratio']:.2f}"
-            f", unseal {row['unseal_ratio']:.2f}",
-            flush=True,
-        )
-    print(f"bounds of the first: {RATIOS}\n\n{'':5}{'extent':>10}{'file GB/s':>11}{'sealed':>8}{'ratio':>8}")
+        for row in cipher(extent_bytes, args.rounds):
+            report.add(row)
     for extent_bytes in SIZES:
         folder = Path(tempfile.mkdtemp(prefix="tier_sealed-", dir=args.folder))
         try:
             for row in asyncio.run(file_tier(folder, extent_bytes, args.rounds)):
-                tiers.append(row)
-                print(
-                    f"{row['verb']:5}{extent_bytes // KIB:>6} KiB{row['plain_gb_per_s']:>11.2f}"
-                    f"{row['sealed_gb_per_s']:>8.2f}{row['ratio']:>8.2f}",
-                    flush=True,
-                )
+                report.add(row)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    write(args.json, {**facts, "cipher": ciphers, "file_tier": tiers})
-    reached = all(ciphers[0][f"{name}_ratio"] >= ratio for name, ratio in RATIOS.items())
-    return 0 if reached else 1
+    return report.end(args.json)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """Verified copy against plain memcpy, into the pool and out of it: how much does it cost to check every byte?
 
-    python benchmarks/verified_copy.py [--json PATH] [--total-mib 256] [--rounds 9]
+    python benchmarks/verified_copy.py [--json PATH] [--total-mib 256] [--rounds 7]
 
 Both sides move the same fragments between anonymous memory and the same MAP_SHARED tmpfs file; everything is touched
 beforehand. Fragments are blocks of one run each, in a shuffled order ("blocks"), or the (token, head, K|V) runs of
 shuffled blocks that lie in memory as [K|V][head][token] ("heads": the canonical form of an engine of the other order).
-The rounds alternate between the two sides, and the table shows medians of one run, so a busy neighbour slows both.
-memcpy is numpy's ``take``: one C loop with a memcpy a fragment. It is also the copy without a checksum: "cost" is what
-checking adds to its time, negative where the verified copy is faster all the same.
+The rounds alternate between the two sides, so a busy neighbour slows both. memcpy is numpy's ``take``: one C loop with
+a memcpy a fragment, and no checksum; ours copies as much and takes or compares a 64-bit checksum of every chunk.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import mmap
 import random
 import statistics
@@ -24,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from common import Report, Row, Spread, parser, spread
 from numpy.typing import NDArray
 
 from lmcache.transfer import _native
@@ -136,20 +134,18 @@ def _seconds(work: Callable[[int], None], threads: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, verb: str, threads: int, rounds: int) -> dict[str, float]:
-    """Median GB/s (10**9 bytes) of both, and the median of the ratios of neighbouring rounds."""
+def measure(case: Case, verb: str, threads: int, rounds: int) -> tuple[dict[str, Spread], float]:
+    """GB/s (10**9 bytes) of both, and the median of the ratios of neighbouring rounds."""
     plain, verified = (case.memcpy_in, case.store) if verb == "store" else (case.memcpy_out, case.retrieve)
     for warm_up in (plain, verified):
         warm_up(threads)
     times = [(_seconds(plain, threads), _seconds(verified, threads)) for _ in range(rounds)]
     gigabytes = case.engine.size / 1e9
-    ratio = statistics.median(pair[0] / pair[1] for pair in times)
-    return {
-        "memcpy_gb_per_s": gigabytes / statistics.median(pair[0] for pair in times),
-        "verified_gb_per_s": gigabytes / statistics.median(pair[1] for pair in times),
-        "ratio": ratio,
-        "cost_percent": 100 * (1 / ratio - 1),
+    figures = {
+        "ours": spread([gigabytes / pair[1] for pair in times]),
+        "memcpy": spread([gigabytes / pair[0] for pair in times]),
     }
+    return figures, statistics.median(pair[0] / pair[1] for pair in times)
 
 
 def check_same(case: Case) -> None:
@@ -161,9 +157,8 @@ def check_same(case: Case) -> None:
         raise RuntimeError("the two sides copy different bytes")
 
 
-def run(total_bytes: int, rounds: int) -> list[dict[str, object]]:
-    """Every case; prints a line for each."""
-    rows: list[dict[str, object]] = []
+def run(total_bytes: int, rounds: int, report: Report) -> None:
+    """Every case."""
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
         file.truncate(total_bytes)
         pool = np.frombuffer(mmap.mmap(file.fileno(), total_bytes), np.uint8)
@@ -171,48 +166,37 @@ def run(total_bytes: int, rounds: int) -> list[dict[str, object]]:
         engine = np.frombuffer(mmap.mmap(-1, total_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         engine[:] = np.resize(np.random.default_rng(0).integers(0, 256, 9973, np.uint8), total_bytes)
         print(f"{_native.features()}, {total_bytes // MIB} MiB, {rounds} rounds")
-        print(
-            f"{'':9} {'shape':7}{'fragment':>10}{'threads':>9}{'memcpy GB/s':>13}{'verified GB/s':>15}{'ratio':>8}"
-            f"{'cost':>8}{'bound':>8}"
-        )
         for shape, sizes, make in (("blocks", BLOCKS_BYTES, blocks_case), ("heads", HEADS_BYTES, heads_case)):
             for fragment_bytes in sizes:
                 case = make(engine, pool, fragment_bytes)
                 check_same(case)
                 for verb in BOUNDS:
-                    rows += [row(case, shape, verb, fragment_bytes, threads, rounds) for threads in THREADS]
-    return rows
+                    for threads in THREADS:
+                        report.add(row(case, shape, verb, fragment_bytes, threads, rounds))
 
 
-def row(case: Case, shape: str, verb: str, fragment_bytes: int, threads: int, rounds: int) -> dict[str, object]:
-    """One line of the table, printed. Bounds are for one thread."""
-    got = measure(case, verb, threads, rounds)
+def row(case: Case, shape: str, verb: str, fragment_bytes: int, threads: int, rounds: int) -> Row:
+    """One line. Bounds are for one thread."""
+    figures, ratio = measure(case, verb, threads, rounds)
     bound = SMALL_BOUNDS.get(fragment_bytes, BOUNDS[verb] if fragment_bytes >= 64 * KIB else None)
-    bound = bound if threads == 1 else None
-    size = f"{fragment_bytes // KIB} KiB" if fragment_bytes >= KIB else f"{fragment_bytes} B"
-    print(
-        f"{verb:9} {shape:7}{size:>10}{threads:>9}{got['memcpy_gb_per_s']:>13.1f}{got['verified_gb_per_s']:>15.1f}"
-        f"{got['ratio']:>8.2f}{got['cost_percent']:>7.0f}%{f'>={bound}' if bound else '':>8}",
-        flush=True,
-    )
-    return {"verb": verb, "shape": shape, "fragment_bytes": fragment_bytes, "threads": threads, **got, "bound": bound}
+    unit, name = next(one for one in ((MIB, "MiB"), (KIB, "KiB"), (1, "B")) if fragment_bytes >= one[0])
+    size = f"{fragment_bytes // unit} {name}"
+    title = f"{verb} {shape} of {size}, {threads} thread{'s' if threads > 1 else ''}"
+    says, judged = "ours / memcpy, round by round", bound if threads == 1 else None
+    return Row(title, "GB/s", figures, ratio, says, judged, at_least=True)
 
 
 def main() -> int:
     """Exit 1 when a bound is missed."""
-    parser = argparse.ArgumentParser(description="Verified copy against plain memcpy.")
-    parser.add_argument("--json", metavar="PATH", help="write the figures to PATH as well")
-    parser.add_argument("--total-mib", type=int, default=256, help="bytes moved by each copy (default 256)")
-    parser.add_argument("--rounds", type=int, default=9, help="alternations a case (default 9)")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--total-mib", type=int, default=256, help="bytes moved by each copy (default 256)")
+    options.add_argument("--rounds", type=int, default=7, help="alternations a case (default 7)")
+    args = options.parse_args()
     if args.total_mib < 4 or args.total_mib % 4 or args.rounds < 1:
-        parser.error("--total-mib must be a multiple of 4 and --rounds at least 1")
-    rows = run(args.total_mib * MIB, args.rounds)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"features": _native.features(), "rows": rows}, file, indent=1)
-    missed = [row for row in rows if row["bound"] is not None and float(str(row["ratio"])) < float(str(row["bound"]))]
-    return 1 if missed else 0
+        options.error("--total-mib must be a multiple of 4 and --rounds at least 1")
+    report = Report()
+    run(args.total_mib * MIB, args.rounds, report)
+    return report.end(args.json, {"features": _native.features()})
 
 
 if __name__ == "__main__":
