@@ -19,20 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paper_groups import BLOCK, PAGE_BYTES, Full, Local, State, Window, first_read, spec_of
 from vllm import EngineArgs, SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheTensor,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -40,7 +36,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 from lmcache.connectors.copier import Counters
 from lmcache.connectors.vllm.connector import LMCacheMPConnector
 
-BLOCK = 16
 VOCABULARY = 4000
 SLOT = 1 << 22
 """Numbers of slots are below it, so that float32 holds them exactly."""
@@ -48,9 +43,9 @@ SLOT = 1 << 22
 
 @dataclass(frozen=True)
 class Shape:
-    """What engine is scripted: ``windows`` has an entry for each KV group, None for full attention."""
+    """What engine is scripted."""
 
-    windows: tuple[int | None, ...] = (None,)
+    groups: tuple[Full | Window | Local | State, ...] = (Full(),)
     num_blocks: int = 400
     step_tokens: int = 128
     is_async: bool = False
@@ -67,6 +62,7 @@ class Row:
     tables: list[list[int]]
     num_prompt: int
     drafts: list[int] = field(default_factory=list)
+    state_column: int | None = None  # of the tables: where the last step left the state
 
 
 class PaperEngine:
@@ -98,6 +94,9 @@ class PaperEngine:
         self.config.cache_config.block_size = BLOCK
         self.config.cache_config.num_gpu_blocks = shape.num_blocks
         self.config.scheduler_config.async_scheduling = shape.is_async
+        if any(isinstance(kind, State) for kind in shape.groups):
+            self.config.cache_config.mamba_cache_mode = "align"
+            self.config.cache_config.mamba_block_size = BLOCK
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)
         self.kv_config = self._make_kv_config()
@@ -107,7 +106,9 @@ class PaperEngine:
         memory = torch.full((shape.num_blocks, 1, BLOCK, 2), -1.0)
         self._memory = memory.numpy()
         self.worker = LMCacheMPConnector(self.config, KVConnectorRole.WORKER, self.kv_config)
-        self.worker.register_kv_caches({f"layer{group}": memory for group in range(len(shape.windows))})
+        pages = memory.view(torch.int8).view(shape.num_blocks, 1, 1, PAGE_BYTES)
+        caches = [pages if isinstance(kind, State) else memory for kind in shape.groups]
+        self.worker.register_kv_caches({f"layer{group}": cache for group, cache in enumerate(caches)})
         self._rows: dict[str, Row] = {}
         self._pending: list[SchedulerOutput] = []
         self.answers: dict[str, list[int]] = {}
@@ -115,14 +116,10 @@ class PaperEngine:
         self.num_failed = 0
 
     def _make_kv_config(self) -> KVCacheConfig:
-        sizes: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
-        groups = []
-        for index, window in enumerate(self.shape.windows):
-            spec = SlidingWindowSpec(**sizes, sliding_window=window) if window else FullAttentionSpec(**sizes)
-            groups.append(KVCacheGroupSpec([f"layer{index}"], spec))
-        page = BLOCK * 2 * 4
+        groups = [KVCacheGroupSpec([f"layer{i}"], spec_of(kind)) for i, kind in enumerate(self.shape.groups)]
         tensors = [
-            KVCacheTensor(page * self.shape.num_blocks, [f"layer{index}"], 0, page) for index in range(len(groups))
+            KVCacheTensor(PAGE_BYTES * self.shape.num_blocks, [f"layer{index}"], 0, PAGE_BYTES)
+            for index in range(len(groups))
         ]
         return KVCacheConfig(self.shape.num_blocks, tensors, groups, kv_cache_layout="LBHNC", hash_block_size=BLOCK)
 
@@ -155,6 +152,14 @@ class PaperEngine:
         assert half is not None
         assert half._copier is not None
         return half._copier.counters
+
+    @property
+    def state_counters(self) -> Counters:
+        """What became of the states."""
+        half = self.worker._worker
+        assert half is not None
+        assert half._states is not None
+        return half._states.counters
 
     @property
     def num_free_blocks(self) -> int:
@@ -221,6 +226,8 @@ class PaperEngine:
             time.sleep(0.001)  # only a copy is waited for
 
     def _forward(self, output: SchedulerOutput) -> dict[str, list[int]]:
+        assert not output.kv_cache_block_copies
+        self._memory[output.new_block_ids_to_zero or []] = 0.0
         for name in output.finished_req_ids:
             self._rows.pop(name, None)
         starts: dict[str, int] = {}
@@ -238,6 +245,7 @@ class PaperEngine:
                 # What a step in flight has sampled since may have been thrown away by the preemption.
                 row.tokens = list(cached.all_token_ids[name])
                 row.drafts = []
+                row.state_column = None
             elif more is not None:
                 for table, ids in zip(row.tables, more, strict=True):
                     table.extend(ids)
@@ -258,17 +266,21 @@ class PaperEngine:
         stop = start + count - num_drafts
         sequence = row.tokens[:stop] + drafts
         numbers = slots(sequence)
-        for group, window in enumerate(self.shape.windows):
+        for group, kind in enumerate(self.shape.groups):
             table = row.tables[group]
+            if isinstance(kind, State):
+                self._advance_state(row, group, kind, numbers, start)
+                continue
             for position in range(start, len(sequence)):
                 self._memory[table[position // BLOCK], 0, position % BLOCK] = (numbers[position], group)
-            # The first token of a step reads furthest back.
-            for position in range(max(0, start - window + 1) if window else 0, len(sequence)):
+            for position in range(first_read(kind, start), len(sequence)):
                 held = tuple(self._memory[table[position // BLOCK], 0, position % BLOCK])
                 assert held == (numbers[position], group), (
                     f"group {group}, token {position} of {len(sequence)} (computed from {start}): block "
                     f"{table[position // BLOCK]} holds {held}, not {(numbers[position], group)}"
                 )
+        if any(isinstance(kind, State) for kind in self.shape.groups):
+            row.state_column = (len(sequence) - 1) // BLOCK
         if stop < len(row.tokens):
             return []
         accepted: list[int] = []
@@ -280,6 +292,23 @@ class PaperEngine:
         row.tokens.append(next_token(row.tokens))
         row.drafts = self._propose(row.tokens)
         return [*accepted, row.tokens[-1]]
+
+    def _advance_state(self, row: Row, group: int, kind: State, numbers: list[int], start: int) -> None:
+        """Over the tokens from ``start`` on, of which none is a draft."""
+        table, stop = row.tables[group], len(numbers)
+        before = (start - 1) // BLOCK if row.state_column is None else row.state_column
+        now = (stop - 1) // BLOCK
+        if start:
+            self._memory[table[now]] = self._memory[table[before]]
+            held, expected = self._memory[table[now], 0], (numbers[start - 1], group)
+            assert (held == expected).all(), (
+                f"group {group}, state after {start} tokens: block {table[before]} holds {held[0]}, not {expected}"
+            )
+        if kind.has_inner:
+            inside, columns = compute_mamba_prefill_checkpoints([stop], [stop - start], BLOCK, BLOCK, 1, False, BLOCK)
+            if inside[0] and table[columns[0]]:
+                self._memory[table[columns[0]], 0] = (numbers[start + inside[0] - 1], group)
+        self._memory[table[now], 0] = (numbers[stop - 1], group)
 
     def _propose(self, tokens: list[int]) -> list[int]:
         """Drafts, the first ones of which are right."""

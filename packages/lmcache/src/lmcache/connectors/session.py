@@ -75,17 +75,20 @@ class SchedulerSession:
         line = self._refresh()
         return line.chunk_tokens if line else None
 
-    def ask(self, keys: Sequence[bytes], first_chunk: int = 0, counted: bool = True) -> Question | None:
+    def ask(
+        self, keys: Sequence[bytes], first_chunk: int = 0, counted: bool = True, promote: bool = True
+    ) -> Question | None:
         """Look a prefix up and lease it; None when there is nobody to ask.
 
         Args:
             first_chunk: leading chunks that the engine holds itself and will not load.
             counted: False for a repetition on behalf of the same request.
+            promote: whether to look for it in the tiers below L1, too.
         """
         line = self._refresh()
         if line is None:
             return None
-        request = Lookup(0, keys=b"".join(keys[:KEYS_MAX]), first_chunk=first_chunk, counted=counted, promote=True)
+        request = Lookup(0, keys=b"".join(keys[:KEYS_MAX]), first_chunk=first_chunk, counted=counted, promote=promote)
         now = self._now()
         question = Question(line, request, 0.0, now + PROMOTION_S, now + BUDGET_S)
         return question if self._send(question) else None

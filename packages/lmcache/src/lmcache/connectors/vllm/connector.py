@@ -25,11 +25,13 @@ from lmcache.connectors.vllm.identity import engine_fields
 from lmcache.connectors.vllm.metadata import StepMetadata, StepReport
 from lmcache.connectors.vllm.ranks import Ranks
 from lmcache.connectors.vllm.scheduler import SchedulerHalf
+from lmcache.connectors.vllm.states import split_layout
 from lmcache.connectors.vllm.tensors import engine_layout, kernel_groups
 from lmcache.connectors.vllm.worker import WorkerHalf
 from lmcache.errors import LayoutError
 from lmcache.keys import namespace
 from lmcache.transfer.device import make_engine
+from lmcache.transfer.plan import CopyEngine
 from lmcache.wire.messages import Register
 
 if TYPE_CHECKING:
@@ -170,27 +172,31 @@ class LMCacheMPConnector(KVConnectorBase_V1, SupportsHMA):
         if self._groups is None:
             return
         fails_whole = not self._groups.are_plain
+        device = next(iter(kv_caches.values())).device
         try:
-            layout = engine_layout(self._vllm_config, self._kv_cache_config, kv_caches)
-            engine = make_engine(layout, next(iter(kv_caches.values())).device)
+            parts = split_layout(engine_layout(self._vllm_config, self._kv_cache_config, kv_caches))
+            engines = [None if layout is None else make_engine(layout, device) for layout in parts]
         except LayoutError as error:
             logger.warning("LMCache does not cache this engine: %s", error)
-            self._worker = WorkerHalf(None, ranks.rank, ranks.world_size, ranks.writes, fails_whole)
-            return
+            engines = [None, None]
+        # States have a client of their own: the extents of one client have one size.
+        names = (f"vllm worker {ranks.rank}", f"vllm worker {ranks.rank}, states")
+        device_ids = ranks.device_ids(kv_caches)
+        tokens, states = (self._copier(*pair, device_ids) for pair in zip(names, engines, strict=True))
+        self._worker = WorkerHalf(tokens, ranks.rank, ranks.world_size, ranks.writes, fails_whole, states)
+
+    def _copier(self, name: str, engine: CopyEngine | None, device_ids: tuple[int, ...]) -> CopyWorker | None:
+        if engine is None:
+            return None
+        layout = engine.layout
         groups = kernel_groups(layout)
 
         def registration(chunk_tokens: int) -> Register:
-            return self._register(
-                chunk_tokens,
-                "worker",
-                layout.extent_bytes(chunk_tokens),
-                groups=groups,
-                device_ids=ranks.device_ids(kv_caches),
-            )
+            extent_bytes = layout.extent_bytes(chunk_tokens)
+            return self._register(chunk_tokens, "worker", extent_bytes, groups=groups, device_ids=device_ids)
 
-        link = self._link(f"vllm worker {ranks.rank}", want_pool=True, registration=registration)
-        copier = CopyWorker(link, engine, ranks.rank, layout.blocks_per_chunk)
-        self._worker = WorkerHalf(copier, ranks.rank, ranks.world_size, ranks.writes, fails_whole)
+        link = self._link(name, want_pool=True, registration=registration)
+        return CopyWorker(link, engine, self._ranks.rank, layout.blocks_per_chunk)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
@@ -265,6 +271,14 @@ class LMCacheMPConnector(KVConnectorBase_V1, SupportsHMA):
     def _register(self, chunk_tokens: int, role: str, extent_bytes: int = 0, **more: Any) -> Register:
         assert self._groups is not None
         self._groups.check_chunk(chunk_tokens)
+        finest = self._groups.finest_chunk_tokens
+        if role == "scheduler" and self._groups.have_states and chunk_tokens > finest:
+            logger.warning(
+                "states of recurrent layers are kept at the ends of the server's chunks of %d tokens only; "
+                "--chunk-size %d would find more of them",
+                chunk_tokens,
+                finest,
+            )
         return Register(
             0,
             role=role,

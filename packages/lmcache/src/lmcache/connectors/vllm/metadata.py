@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 @dataclass(frozen=True)
 class Store:
     """Chunks to store. ``blocks`` is row-major [num_chunks, blocks_per_chunk], the blocks of a chunk group after
-    group."""
+    group. ``of_states``: these are the states of recurrent layers at the ends of chunks, a block a group each."""
 
     job: int
     request_id: str
@@ -19,12 +19,14 @@ class Store:
     blocks: tuple[int, ...]
     salt: str
     namespace: bytes
+    of_states: bool = False
 
 
 @dataclass(frozen=True)
 class Load:
     """Chunks to load under a lease. ``blocks`` as in ``Store``; ``offsets`` and ``checksums`` are row-major
-    [num_chunks, world_size]."""
+    [num_chunks, world_size]. ``state``: with them the state at their end, under the same job; the load is over when
+    both are, and good when both are."""
 
     job: int
     request_id: str
@@ -33,6 +35,7 @@ class Load:
     blocks: tuple[int, ...]
     offsets: tuple[int, ...]
     checksums: tuple[int, ...]
+    state: Load | None = None
 
 
 @dataclass
@@ -47,18 +50,20 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class StepReport(KVConnectorWorkerMetadata):
-    """What ended on the workers: how many ranks have finished a job, and which chunks of a load failed on any of
-    them."""
+    """What ended on the workers: how many ranks have finished a job, which chunks of a load failed on any of them, and
+    the loads whose state did."""
 
     ended: dict[int, int] = field(default_factory=dict)
     failed: dict[int, set[int]] = field(default_factory=dict)
+    failed_states: set[int] = field(default_factory=set)
     unable: set[int] = field(default_factory=set)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         """The reports of two ranks as one."""
         assert isinstance(other, StepReport)
         failed = {job: set(chunks) for job, chunks in self.failed.items()}
-        merged = StepReport(dict(self.ended), failed, self.unable | other.unable)
+        failed_states, unable = self.failed_states | other.failed_states, self.unable | other.unable
+        merged = StepReport(dict(self.ended), failed, failed_states, unable)
         for job, count in other.ended.items():
             merged.ended[job] = merged.ended.get(job, 0) + count
         for job, chunks in other.failed.items():

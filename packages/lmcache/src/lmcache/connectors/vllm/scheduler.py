@@ -8,16 +8,16 @@ vLLM takes blocks from requests that run (sliding windows), in that step, whose 
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lmcache.connectors.session import Prefix, SchedulerSession
+from lmcache.connectors.session import SchedulerSession
+from lmcache.connectors.vllm.claims import Claims, Loading
 from lmcache.connectors.vllm.groups import Groups, Tables
-from lmcache.connectors.vllm.identity import Bypass
-from lmcache.connectors.vllm.metadata import Load, StepMetadata, StepReport, Store
-from lmcache.connectors.vllm.pins import Pins, Turn
+from lmcache.connectors.vllm.metadata import StepMetadata, StepReport, Store
+from lmcache.connectors.vllm.pins import Pins
+from lmcache.connectors.vllm.states import Offer, final_states, state_key
 from lmcache.connectors.vllm.tracker import KeyChain, Tracker
 from lmcache.keys import Value, namespace
 from lmcache.transfer.plan import NOT_WRITTEN
@@ -27,27 +27,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-logger = logging.getLogger(__name__)
-
 LOOKAHEAD_MAX = 4
 """Lookups ahead of their turn: enough that an answer is there when vLLM asks, few enough that a long queue pins
 nothing."""
-
-LEASE_MARGIN_S = 10.0
-"""A lease is taken anew when less than this is left of it at the moment of the claim."""
-
-UNABLE_PAUSE_S = 2.0
-"""No claims for this long after a worker could not load: it is about to attach, and if it cannot, claims cost for
-nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Loading:
-    """A load that the workers have been given."""
-
-    request_id: str
-    prefix: Prefix
-    chain: KeyChain
 
 
 class SchedulerHalf:
@@ -72,18 +54,17 @@ class SchedulerHalf:
         self._engine_namespace = engine_namespace
         self._groups = groups
         self._pins = Pins()
-        self._turn = Turn(groups.are_windowed)
-        self._world_size = world_size
+        self._claims = Claims(session, groups, world_size, self._chain)
         self._num_workers = num_workers
         self._trackers: dict[str, Tracker] = {}
-        self._loading: dict[int, _Loading] = {}
+        self._loading: dict[int, Loading] = {}
         self._reports: dict[int, int] = {}
         self._failed: dict[int, set[int]] = {}
+        self._failed_states: set[int] = set()
         self._unable: set[int] = set()
         self._store_owner: dict[int, str] = {}
         self._next = StepMetadata()
         self._last_job = 0
-        self._claims_from = 0.0
         self._num_resets = 0
 
     def bind(self, manager: KVCacheManager) -> None:
@@ -97,94 +78,21 @@ class SchedulerHalf:
         tracker = self._tracker(request)
         waiting = sum(1 for other in self._trackers.values() if other.question or other.prefix)
         if waiting < LOOKAHEAD_MAX:
-            self._ask(tracker, first_chunk=0)
+            self._claims.ask(tracker, first_chunk=0)
 
     def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """vLLM's question: tokens beyond ``local_tokens`` that we can load, or None for "ask again"."""
-        tracker = self._tracker(request)
-        if tracker.bypassed or tracker.settled_at == request.num_preemptions or tracker.load_job is not None:
-            return 0, False
-        if tracker.prefix is not None and tracker.prefix.good_until - time.monotonic() < LEASE_MARGIN_S:
-            self._session.release(tracker.prefix)
-            tracker.prefix = None
-        if tracker.prefix is None:
-            if tracker.question is None and not self._ask(tracker, local_tokens // self._chunk_tokens(tracker)):
-                return 0, False
-            if not self._answered(tracker):
-                return None, False
-        prefix, chain = tracker.prefix, tracker.chain
-        if prefix is None or chain is None:
-            tracker.settled_at = request.num_preemptions
-            return 0, False
-        if time.monotonic() < self._claims_from:
-            return 0, False
-        # The last token is always computed, since its logits are wanted; its block is loaded whole all the same.
-        usable = min(prefix.num_chunks * chain.chunk_tokens, request.num_tokens - 1)
-        if usable <= local_tokens or local_tokens // chain.chunk_tokens < prefix.first_chunk:
-            return 0, False
-        if not self._turn.is_free(request.request_id):
-            return None, False
-        tracker.local_tokens = local_tokens
-        return usable - local_tokens, True
+        return self._claims.match(self._tracker(request), local_tokens)
 
     def allocated(self, request: Request, tables: Tables, num_external_tokens: int) -> None:
         """vLLM has given the request its blocks: load into them what was claimed, or let the claim go."""
         tracker = self._tracker(request)
         tracker.tables = [list(table) for table in tables]
-        prefix, tracker.prefix = tracker.prefix, None
-        if prefix is None:
-            return
-        if num_external_tokens == 0 or tracker.chain is None:
-            self._session.release(prefix)
-            return
-        tracker.settled_at = request.num_preemptions
-        tracker.load_job = self._new_job()
-        self._turn.take(request.request_id)
-        self._loading[tracker.load_job] = _Loading(request.request_id, prefix, tracker.chain)
-        self._next.loads.append(self._plan_load(tracker, tracker.chain, prefix, num_external_tokens))
-
-    def _plan_load(self, tracker: Tracker, chain: KeyChain, prefix: Prefix, num_external_tokens: int) -> Load:
-        """Chunks from the one that the engine's own tokens end in. Blocks that the engine computed itself may belong to
-        other requests already: their bytes are checked with the rest of the chunk, but never written."""
-        step = chain.chunk_tokens
-        total = tracker.local_tokens + num_external_tokens
-        first, stop = tracker.local_tokens // step, -(-total // step)
-        blocks: list[int] = []
-        for chunk in range(first, stop):
-            blocks += self._groups.row(tracker.tables, chunk, step, tracker.local_tokens, total)
-        span = slice((first - prefix.first_chunk) * self._world_size, (stop - prefix.first_chunk) * self._world_size)
-        assert tracker.load_job is not None
-        return Load(
-            tracker.load_job,
-            tracker.request.request_id,
-            prefix.line.server,
-            b"".join(chain.keys[first:stop]),
-            tuple(blocks),
-            tuple(prefix.offsets[span]),
-            tuple(prefix.checksums[span]),
-        )
-
-    def _ask(self, tracker: Tracker, first_chunk: int) -> bool:
-        """Send a lookup; False when there is nothing to ask or nobody to ask."""
-        chain = self._chain(tracker)
-        if chain is None or tracker.settled_at == tracker.request.num_preemptions:
-            return False
-        keys = self._extend(tracker, chain, tracker.request.num_tokens)
-        if len(keys) <= first_chunk:
-            return False
-        tracker.question = self._session.ask(keys, first_chunk, counted=not tracker.asked)
-        tracker.asked = tracker.asked or tracker.question is not None
-        return tracker.question is not None
-
-    def _answered(self, tracker: Tracker) -> bool:
-        question = tracker.question
-        if question is not None and self._session.poll(question):
-            tracker.question = None
-            prefix = tracker.prefix = question.answer
-            if prefix and len(prefix.offsets) != (prefix.num_chunks - prefix.first_chunk) * self._world_size:
-                self._session.release(prefix)
-                tracker.prefix = None
-        return tracker.question is None
+        taken = self._claims.take(tracker, num_external_tokens, self._last_job + 1)
+        if taken is not None:
+            tracker.load_job = self._new_job()
+            load, self._loading[tracker.load_job] = taken
+            self._next.loads.append(load)
 
     # --- store --------------------------------------------------------------------------------------------------------
 
@@ -194,33 +102,34 @@ class SchedulerHalf:
         for request_id in getattr(output, "preempted_req_ids", None) or ():
             self._preempted(request_id)
         self._follow_blocks(output)
-        self._turn.leave(output.num_scheduled_tokens)
+        self._claims.leave_turn(output.num_scheduled_tokens)
+        offers = _offers(output) if self._groups.have_states else {}
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             tracker = self._trackers.get(request_id)
             if tracker is None or tracker.bypassed:
                 continue
             after = tracker.known_tokens_after(num_scheduled)
             self._order_stores(tracker, after if self._groups.are_windowed else tracker.confirmed_tokens)
+            # Where a request has drafts, its state is what the step leaves only once they are accepted or refused.
+            if request_id in offers and not output.scheduled_spec_decode_tokens.get(request_id):
+                self._order_states(tracker, offers[request_id], num_scheduled)
         step, self._next = self._next, StepMetadata()
         return step
 
     def finished(self, request: Request, tables: Tables) -> bool:
         """The request is over; True when its blocks must stay until its stores are (reported as sent exactly once)."""
         tracker = self._trackers.pop(request.request_id, None)
-        self._turn.leave((request.request_id,))
+        self._claims.leave_turn((request.request_id,))
         if tracker is None:
             return False
-        if tracker.question is not None:
-            self._session.cancel(tracker.question)
-        if tracker.prefix is not None:
-            self._session.release(tracker.prefix)
+        self._claims.drop(tracker)
         if tracker.load_job is not None:
             # The load still runs: vLLM keeps the blocks until it is reported received, and only that may be reported.
             return False
         tracker.tables = [list(table) for table in tables]
         if not tracker.bypassed:
             self._order_stores(tracker, tracker.confirmed_tokens, is_last=True)
-        if not tracker.store_jobs:
+        if not tracker.store_jobs and not tracker.state_jobs:
             return False
         self._next.closing.append(request.request_id)
         return True
@@ -242,7 +151,7 @@ class SchedulerHalf:
         stop = min(num_tokens // step, self._groups.num_whole_chunks(tracker.tables, step))
         if stop <= tracker.num_stored:
             return
-        keys = self._extend(tracker, chain, stop * step)
+        keys = tracker.keys_upto(chain, stop * step)
         if tracker.bypassed:
             return
         # From the first chunk on: what is held is only touched, so that a prefix never grows older than what follows it
@@ -264,8 +173,37 @@ class SchedulerHalf:
         blocks = tuple(block for row in rows for block in row)
         self._next.stores.append(Store(job, tracker.request.request_id, keys, blocks, chain.salt, chain.namespace))
 
+    def _order_states(self, tracker: Tracker, offers: Sequence[Offer], num_scheduled: int) -> None:
+        """Order the states at ends of chunks that this step makes final.
+
+        Args:
+            offers: the blocks that vLLM has named for the request in this step.
+            num_scheduled: tokens that the step computes, none of them a draft.
+        """
+        chain, request = self._chain(tracker), tracker.request
+        start = int(request.num_computed_tokens)
+        stop = start + num_scheduled
+        if chain is None or tracker.load_job is not None:
+            return
+        if stop > request.num_prompt_tokens and any(kind.has_drafts for kind in self._groups.kinds):
+            return  # counts of tokens may include drafts of steps that are not over
+        for num_tokens, blocks in final_states(self._groups, offers, start, stop).items():
+            if num_tokens % chain.chunk_tokens or num_tokens > request.num_tokens:
+                continue
+            keys = tracker.keys_upto(chain, num_tokens)
+            if tracker.bypassed:
+                return
+            job = self._new_job()
+            tracker.state_jobs.add(job)
+            self._store_owner[job] = request.request_id
+            self._pins.pin(job, blocks)
+            key = state_key(keys[num_tokens // chain.chunk_tokens - 1])
+            store = Store(job, request.request_id, key, tuple(blocks), chain.salt, chain.namespace, of_states=True)
+            self._next.stores.append(store)
+
     def _preempted(self, request_id: str) -> None:
-        """vLLM has taken the blocks back: copies that still run may read what is no longer theirs."""
+        """vLLM has taken the blocks back: copies that still run may read what is no longer theirs (of states they do
+        not: those are pinned, all of them)."""
         tracker = self._trackers.get(request_id)
         if tracker is not None:
             self._next.marked.extend(tracker.store_jobs)
@@ -294,7 +232,8 @@ class SchedulerHalf:
         """What the workers have finished: a job is over when every one of them has said so."""
         if report.unable:
             self._unable |= report.unable
-            self._claims_from = time.monotonic() + UNABLE_PAUSE_S
+            self._claims.pause()
+        self._failed_states |= report.failed_states
         for job, chunks in report.failed.items():
             self._failed.setdefault(job, set()).update(chunks)
         for job, count in report.ended.items():
@@ -307,10 +246,11 @@ class SchedulerHalf:
         loading = self._loading.pop(job, None)
         failed = sorted(self._failed.pop(job, ()))
         if loading is not None:
-            self._session.release(loading.prefix, failed)
+            self._claims.end(loading, failed, job in self._failed_states)
             tracker = self._trackers.get(loading.request_id)
-            complete = not failed and job not in self._unable
+            complete = not failed and job not in self._unable | self._failed_states
             self._unable.discard(job)
+            self._failed_states.discard(job)
             if tracker is not None and tracker.load_job == job:
                 tracker.load_job = None
                 if complete and tracker.chain is loading.chain:
@@ -321,6 +261,7 @@ class SchedulerHalf:
         tracker = self._trackers.get(self._store_owner.pop(job, ""))
         if tracker is not None:
             tracker.store_jobs.discard(job)
+            tracker.state_jobs.discard(job)
 
     # --- the rest -----------------------------------------------------------------------------------------------------
 
@@ -333,11 +274,7 @@ class SchedulerHalf:
         for tracker in self._trackers.values():
             tracker.chain = None
             tracker.num_stored = 0
-            if tracker.prefix is not None:
-                self._session.release(tracker.prefix)
-            if tracker.question is not None:
-                self._session.cancel(tracker.question)
-            tracker.prefix = tracker.question = None
+            self._claims.drop(tracker)
         return self._engine_namespace
 
     def register_again(self) -> None:
@@ -367,33 +304,14 @@ class SchedulerHalf:
         return self._groups.are_plain or self._pins.are_bound
 
     def _chain(self, tracker: Tracker) -> KeyChain | None:
-        """The request's keys under the server's chunk size; None while there is no server, or when it is bypassed."""
-        chunk_tokens = self._session.chunk_tokens
-        if tracker.bypassed or chunk_tokens is None:
-            return None
-        if tracker.chain is None or tracker.chain.chunk_tokens != chunk_tokens:
-            try:
-                tracker.chain = KeyChain(tracker.request, self._engine_namespace, chunk_tokens)
-            except Bypass as error:
-                self._bypass(tracker, error)
-                return None
-            tracker.num_stored = 0
-        return tracker.chain
-
-    def _extend(self, tracker: Tracker, chain: KeyChain, num_tokens: int) -> list[bytes]:
-        try:
-            return chain.upto(num_tokens)
-        except (Bypass, OverflowError) as error:
-            self._bypass(tracker, error)
-            return []
-
-    def _bypass(self, tracker: Tracker, error: Exception) -> None:
-        logger.warning("request %s is not cached: %s", tracker.request.request_id, error)
-        tracker.bypassed = True
-
-    def _chunk_tokens(self, tracker: Tracker) -> int:
-        return tracker.chain.chunk_tokens if tracker.chain else (self._session.chunk_tokens or 1)
+        return tracker.chain_for(self._engine_namespace, self._session.chunk_tokens)
 
     def _new_job(self) -> int:
         self._last_job += 1
         return self._last_job
+
+
+def _offers(output: SchedulerOutput) -> Mapping[str, Sequence[Offer]]:
+    """The states that vLLM names in this step, by request."""
+    blocks = getattr(output, "kv_connector_block_state", None)
+    return blocks.boundary_state_offloads if blocks is not None else {}

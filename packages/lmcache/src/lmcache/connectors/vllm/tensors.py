@@ -14,6 +14,7 @@ from lmcache.connectors.vllm.backends import (
     device,
     has_stock_attention,
 )
+from lmcache.connectors.vllm.state_specs import declared_state
 from lmcache.errors import LayoutError
 from lmcache.layout import CANONICAL, RAW, Declared, LayerGroup, Layout, Part, TensorSpec, layer_group
 from lmcache.wire.messages import KernelGroup
@@ -156,6 +157,8 @@ def kernel_groups(layout: Layout) -> tuple[KernelGroup, ...]:
 
 
 def _declared(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, spec: Any) -> Declared:
+    if type(spec).__name__ == "MambaSpec":
+        return declared_state(kv_cache_config, spec)
     is_latent = type(spec).__name__ == "MLAAttentionSpec"
     kind = "attention"
     if is_latent:

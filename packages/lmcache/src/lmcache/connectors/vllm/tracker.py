@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from lmcache.connectors.session import Prefix, Question
-from lmcache.connectors.vllm.identity import request_extras, request_fields
+from lmcache.connectors.vllm.identity import Bypass, request_extras, request_fields
+from lmcache.connectors.vllm.states import HeldState, StateSearch
 from lmcache.keys import NAMESPACE_PREFIX_BYTES, extend, request_namespace
 from lmcache.transfer._native import pack_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
 
 
 class KeyChain:
@@ -64,8 +68,11 @@ class Tracker:
         self.tables: list[list[int]] = []  # block ids, one table a group; empty while vLLM has given it none
         self.num_stored = 0  # given to the workers, whatever becomes of it
         self.store_jobs: set[int] = set()  # not reported by all ranks yet
+        self.state_jobs: set[int] = set()  # the same of recurrent states, whose blocks nobody can take meanwhile
         self.question: Question | None = None
         self.prefix: Prefix | None = None  # claimed or claimable, not yet loading
+        self.search: StateSearch | None = None
+        self.state: HeldState | None = None  # where a claim on ``prefix`` ends, in a model with recurrent layers
         self.local_tokens = 0  # computed by the engine itself when the claim was made
         self.load_job: int | None = None
         self.asked = False  # a lookup has been counted for this request
@@ -84,3 +91,29 @@ class Tracker:
         """Tokens of the request whose KV is final once a step that computes ``num_scheduled`` tokens is over. Drafts
         are not among a request's tokens until they are accepted."""
         return min(int(self.request.num_computed_tokens) + num_scheduled, int(self.request.num_tokens))
+
+    def chain_for(self, engine_namespace: bytes, chunk_tokens: int | None) -> KeyChain | None:
+        """The request's keys under the server's chunk size; None while there is no server, or when it is bypassed."""
+        if self.bypassed or chunk_tokens is None:
+            return None
+        if self.chain is None or self.chain.chunk_tokens != chunk_tokens:
+            try:
+                self.chain = KeyChain(self.request, engine_namespace, chunk_tokens)
+            except Bypass as error:
+                self._bypass(error)
+                return None
+            self.num_stored = 0
+        return self.chain
+
+    def keys_upto(self, chain: KeyChain, num_tokens: int) -> list[bytes]:
+        """The chain's keys of the whole chunks among the first ``num_tokens`` tokens, or more; none when the request
+        turns out to have no stable identity."""
+        try:
+            return chain.upto(num_tokens)
+        except (Bypass, OverflowError) as error:
+            self._bypass(error)
+            return []
+
+    def _bypass(self, error: Exception) -> None:
+        logger.warning("request %s is not cached: %s", self.request.request_id, error)
+        self.bypassed = True
