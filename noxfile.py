@@ -42,22 +42,8 @@ from environments import (  # noqa: E402
 nox.options.error_on_external_run = False
 nox.options.stop_on_first_error = False
 nox.options.sessions = [
-    "lint",
-    "types",
-    "imports",
-    "unit",
-    "native",
-    "cuda",
-    "cli",
-    "browser",
-    "server",
-    "tiers",
-    "sim",
-    "hostile",
-    "guard",
-    "engine",
-    "compat",
-    "e2e-vllm",
+    *("lint", "types", "imports", "unit", "native", "cuda", "cli", "browser", "server", "tiers", "regress", "sim"),
+    *("hostile", "guard", "engine", "compat", "e2e-vllm"),
 ]
 
 SOURCES = [ROOT / "packages" / "lmcache-cli" / "src", ROOT / "packages" / "lmcache" / "src"]
@@ -249,6 +235,12 @@ def server(session: nox.Session) -> None:
 def tiers(session: nox.Session) -> None:
     """One suite over every adapter, each against its real store; then what each does when the store fails."""
     pytest(session, tiers_environment(), "tests/tiers")
+
+
+@gate(60, "regress")
+def regress(session: nox.Session) -> None:
+    """Instructions and bytecodes that requests and copies cost, against what was recorded: counts, not times."""
+    pytest(session, full_environment(main_version()), "tests/regress")
 
 
 @gate(300, "sim")

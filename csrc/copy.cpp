@@ -75,7 +75,7 @@ private:
     std::size_t move_pairs(std::size_t chunk, std::size_t first, std::size_t end) {
         const std::size_t count = (std::min(end, plan_.extent_bytes / kLeafBytes) - first) / 2 * 2;
         std::uint8_t* const extent = plan_.pool + plan_.offsets[chunk] + first * kLeafBytes;
-        if (!has_whole_blocks_ || count == 0 || !in_lines(extent)) return first;
+        if (kernels_.pair == nullptr || !has_whole_blocks_ || count == 0 || !in_lines(extent)) return first;
         std::uint8_t* engine[kRunBlocks + kNextBlocks];
         std::uint8_t* pool[kRunBlocks + kNextBlocks];
         const std::size_t num_blocks = count * kLeafBlocks;

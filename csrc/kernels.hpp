@@ -44,7 +44,7 @@ struct Kernels {
     Accumulate stream;  // non-temporal stores, dst on a 64-byte boundary
     Gather gather;      // non-temporal stores, dst on a 64-byte boundary
     Scatter scatter;    // non-temporal stores where a piece is on a 64-byte boundary
-    Pair pair;          // non-temporal stores, dst on 64-byte boundaries
+    Pair pair;          // non-temporal stores, dst on 64-byte boundaries; null where it does not pay
     void (*stream_bytes)(std::uint8_t* dst, const std::uint8_t* src, std::size_t bytes);  // any address, any length
     void (*fence)();    // orders the non-temporal stores of this thread before what it does next
 };

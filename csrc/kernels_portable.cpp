@@ -54,7 +54,7 @@ const Kernels portable_kernels{
     accumulate<PortableLanes, Write::plain>,
     gather<PortableLanes>,
     scatter<PortableLanes>,
-    pair<PortableLanes>,
+    nullptr,  // two leaves at once need more registers than a processor without AVX2 has
     copy_bytes,
     no_fence,
 };

@@ -6,6 +6,7 @@ chunks and with nothing else.
 from __future__ import annotations
 
 import tempfile
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,21 +16,21 @@ from counting import ENTRIES_MAX, World, some_keys, world
 from lmcache.cache.opening import SHARED_MEMORY
 from lmcache.wire import messages as m
 
-TOLERANCE = 1.10
-"""Releases of Python differ by some percent in the instructions that they make of the same source."""
+TOLERANCE = 1.10 if sys.version_info[:2] == (3, 11) else 1.5
+"""Counts are those of Python 3.11; other releases make other instructions of the same source."""
 
 LINEAR, SAME = 1.1, 1.05
 
 # As counted with Python 3.11. Where a change makes one of them smaller for good, the smaller number belongs here.
 RECORDED = {
-    "core, ping": 828,
+    "core, ping": 632,
     "client, ping": 199,
-    "core, reserve 64": 41_035,
-    "core, commit 64": 24_158,
-    "core, reserve 64, evict 64": 73_291,
-    "core, lookup 16": 3_678,
-    "core, lookup 512": 73_118,
-    "core, miss": 1_241,
+    "core, reserve 64": 40_924,
+    "core, commit 64": 24_009,
+    "core, reserve 64, evict 64": 73_180,
+    "core, lookup 16": 2_826,
+    "core, lookup 512": 47_473,
+    "core, miss": 1_036,
     "client, question of 16": 361,
 }
 

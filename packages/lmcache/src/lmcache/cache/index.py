@@ -14,6 +14,7 @@ from itertools import pairwise
 from lmcache.keys import KEY_BYTES
 
 _END = -1
+_STRIDE_BYTES = 32 * KEY_BYTES  # so far a lookup goes on at once: beyond the first chunk that is missing, at most
 
 
 class Index:
@@ -36,13 +37,18 @@ class Index:
 
     def prefix(self, keys: bytes) -> list[int]:
         """Entries of the longest held prefix of concatenated keys."""
-        entries = []
         get = self.by_key.get
-        for start in range(0, len(keys), KEY_BYTES):
-            entry = get(keys[start : start + KEY_BYTES])
-            if entry is None:
-                break
-            entries.append(entry)
+        first = get(keys[:KEY_BYTES])
+        entries: list[int] = []
+        if first is None:
+            return entries
+        for start in range(0, len(keys), _STRIDE_BYTES):
+            links = [keys[at : at + KEY_BYTES] for at in range(start, min(start + _STRIDE_BYTES, len(keys)), KEY_BYTES)]
+            found = list(map(get, links))
+            if None in found:
+                entries += found[: found.index(None)]  # type: ignore[arg-type]
+                return entries
+            entries += found  # type: ignore[arg-type]
         return entries
 
     def take_slot(self) -> int | None:
@@ -113,14 +119,16 @@ class Index:
 
     def details(self, entries: Sequence[int]) -> tuple[list[int], list[int]]:
         """Offsets and checksums, entry-major then rank."""
-        slots: list[int] = []
         first, after, world = self._first_slot, self._next_slot, self.world_size
-        for entry in entries:
-            slot = first[entry]
-            slots.append(slot)
-            for _ in range(world[entry] - 1):
-                slot = after[slot]
+        slots = [first[entry] for entry in entries]
+        if max(map(world.__getitem__, entries), default=1) > 1:
+            slots = []
+            for entry in entries:
+                slot = first[entry]
                 slots.append(slot)
+                for _ in range(world[entry] - 1):
+                    slot = after[slot]
+                    slots.append(slot)
         offset, checksum = self.offset, self.checksum
         return [offset[slot] for slot in slots], [checksum[slot] for slot in slots]
 

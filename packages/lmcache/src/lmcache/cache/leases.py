@@ -51,15 +51,17 @@ class Leases:
         """Pin leading entries as far as the limit on leased bytes allows; returns how many."""
         if len(self.by_id) >= self._limits.leases_max:
             return 0
-        leased = self._room.leased
+        leased, length, world = self._room.leased, self._index.extent_bytes, self._index.world_size
+        leased_bytes = self.bytes
         for num, entry in enumerate(entries):
-            count = leased.get(entry, 0)
-            if not count:
-                entry_bytes = self.entry_bytes(entry)
-                if self.bytes + entry_bytes > limit_bytes:
-                    return num
-                self.bytes += entry_bytes
-            leased[entry] = count + 1
+            if entry in leased:
+                leased[entry] += 1
+                continue
+            leased_bytes += -(-length[entry] // PAGE_BYTES) * PAGE_BYTES * world[entry]
+            if leased_bytes > limit_bytes:
+                return num
+            leased[entry] = 1
+            self.bytes = leased_bytes
         return len(entries)
 
     def add(self, lease: int, owner: Owner, expires: float, entries: list[int], *, writes: bool = False) -> None:

@@ -287,10 +287,13 @@ class Cache:
 
     def sweep(self) -> float | None:
         """End what has run out; seconds until the next time something may, or None when nothing can."""
+        leases, claims, pendings = self._expiring()
+        if not (leases or claims or pendings or self._claims.aside):
+            self._wake = 0.0
+            return None
         now = self._clock.now()
         if now >= self._wake:
             self._expire(now)
-        leases, claims, pendings = self._expiring()
         first = [lease.expires for lease in islice(leases.values(), 1)]
         first += [claim.expires for claim in islice(claims.values(), 1)]
         first += [pending.expires for pending in islice(pendings.values(), 1)]
@@ -390,6 +393,7 @@ class Cache:
         """A number of 63 bits that nobody can guess, and that names no lease or reservation yet."""
         while True:
             number = int.from_bytes(self._entropy.token(8), "little") >> 1
-            used = (self._leases.by_id, self._claims.by_ticket, self._claims.aside)
-            if number and not any(number in held for held in used):
+            claims = self._claims
+            is_used = number in self._leases.by_id or number in claims.by_ticket or number in claims.aside
+            if number and not is_used:
                 return number

@@ -138,19 +138,24 @@ class Core:
             self._supervisor.restart_at,
             self._sessions.next_deadline(),
         )
-        first = min((deadline for deadline in deadlines if deadline is not None), default=None)
+        first = min([deadline for deadline in deadlines if deadline is not None], default=None)
         return None if first is None else max(0.0, first - self._clock.now())
 
     def _keep_time(self) -> None:
         now = self._clock.now()
-        for visitor in self._sessions.overdue(now):
-            self._show_out(visitor)
+        if self._sessions.has_visitors:
+            for visitor in self._sessions.overdue(now):
+                self._show_out(visitor)
         if self._supervisor.restart_at is not None and self._supervisor.restart_at <= now:
             self._supervisor.start()
             self._sessions.expect_service(self._supervisor.token)
             self._watch_service()
-        waits = [left_s for left_s in (self._cache.sweep(), self._tiering.sweep()) if left_s is not None]
-        self._sweep_at = now + min(waits) if waits else None
+        held_s, promised_s = self._cache.sweep(), self._tiering.sweep()
+        if held_s is None or promised_s is None:
+            left_s = promised_s if held_s is None else held_s
+        else:
+            left_s = min(held_s, promised_s)
+        self._sweep_at = None if left_s is None else now + left_s
         for peer, reply in self._tiering.due():
             self._send(peer, reply)
         if self._weigh_at is not None and self._weigh_at <= now:

@@ -92,6 +92,8 @@ class Promotions:
 
     def sweep(self) -> float | None:
         """Give up what nobody asks for any more; seconds until the next one may be."""
+        if not self._by_id:
+            return None
         now = self._clock.now()
         first: float | None = None
         for number, promotion in list(self._by_id.items()):

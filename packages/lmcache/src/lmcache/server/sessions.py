@@ -76,12 +76,19 @@ class Sessions:
         """Forget a visitor."""
         self._visitors.pop(visitor.socket.fileno(), None)
 
+    @property
+    def has_visitors(self) -> bool:
+        """Whether somebody is at the door who has not spoken yet."""
+        return bool(self._visitors)
+
     def overdue(self, now: float) -> list[Visitor]:
         """Visitors who should have spoken by now."""
         return [visitor for visitor in self._visitors.values() if visitor.deadline <= now]
 
     def next_deadline(self) -> float | None:
         """When the first visitor is overdue."""
+        if not self._visitors:
+            return None
         return min((visitor.deadline for visitor in self._visitors.values()), default=None)
 
     # --- attached

@@ -119,11 +119,11 @@ class Tiering:
 
     def sweep(self) -> float | None:
         """End what has run out; seconds until ``due`` or this has something to do again, or None."""
-        waits = [self.promotions.sweep()]
-        if self._parked is not None:
-            waits.append(max(0.0, self._parked.until - self._clock.now()))
-            if self._enlisted is not None and self._enlisted.write_back and self._parked.request.write_bytes:
-                waits.append(WRITE_BACK_POLL_S)
+        if self._parked is None:
+            return self.promotions.sweep()
+        waits = [self.promotions.sweep(), max(0.0, self._parked.until - self._clock.now())]
+        if self._enlisted is not None and self._enlisted.write_back and self._parked.request.write_bytes:
+            waits.append(WRITE_BACK_POLL_S)
         return min((wait for wait in waits if wait is not None), default=None)
 
     # --- what the cascade says
