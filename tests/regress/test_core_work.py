@@ -5,8 +5,8 @@ chunks and with nothing else.
 
 from __future__ import annotations
 
-import tempfile
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
