@@ -195,8 +195,23 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(30)
 
 
-class Server:
-    """``lmcache server`` on free ports of the loopback; ``ready_s`` is the time from spawn to the first 200."""
+class Started:
+    """A server under measurement, ended with its block; ``ready_s`` is the time from spawn to the first 200."""
+
+    process: subprocess.Popen[bytes]
+    ready_s: float
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stop(self.process)
+
+
+class Server(Started):
+    """``lmcache server`` on free ports of the loopback."""
 
     def __init__(self, folder: Path, l1_gb: float, python: str = sys.executable) -> None:
         self.port, http_port = free_port(), free_port()
@@ -226,11 +241,3 @@ class Server:
                 return
             time.sleep(0.1)
         raise TimeoutError("L1 was not allocated in time")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        stop(self.process)

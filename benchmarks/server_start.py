@@ -18,12 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import common
 import psutil
-from common import Row, Spread
+from common import Row, Spread, Started
 from upstream import Upstream
 
 L1_GB = (0.25, 2.0, 8.0)
@@ -50,8 +48,8 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
 """
 
 
-class Bare:
-    """The bare process, with the same face as ``common.Server``."""
+class Bare(Started):
+    """The bare process."""
 
     def __init__(self, folder: Path) -> None:
         http_port, log_path = common.free_port(), folder / "bare.log"
@@ -61,16 +59,7 @@ class Bare:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         self.ready_s = common.wait_for(f"http://127.0.0.1:{http_port}/healthcheck", self.process, log_path) - start
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        common.stop(self.process)
-
-
-Started = Bare | common.Server | Upstream
 Starter = Callable[[], Started]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import common
 
@@ -34,8 +34,8 @@ def environment() -> dict[str, str]:
     return {**kept, **_ENVIRONMENT}
 
 
-class Upstream:
-    """``lmcache server`` of upstream, on free ports of the loopback; the face of ``common.Server``.
+class Upstream(common.Started):
+    """``lmcache server`` of upstream, on free ports of the loopback.
 
     Args:
         python: of an environment that has it.
@@ -62,13 +62,10 @@ class Upstream:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
         self.ready_s = common.wait_for(f"{self.url}/healthcheck", self.process, log_path) - start
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        common.stop(self.process)
+        super().__exit__(kind, error, trace)
         if self._pool:
             Path("/dev/shm", self._pool).unlink(missing_ok=True)
 
