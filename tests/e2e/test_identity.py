@@ -40,6 +40,7 @@ from lmcache.errors import LayoutError
 from lmcache.keys import namespace
 
 SPEC = {"block_size": 128, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
+STATES: dict[str, Any] = {"block_size": 128, "shapes": ((8, 8),), "dtypes": (torch.float32,)}
 
 
 def kv_config(layers: tuple[str, ...] = ("a", "b"), **spec: Any) -> KVCacheConfig:
@@ -159,6 +160,10 @@ def test_what_a_request_s_tables_are_is_read_from_the_specs() -> None:
     assert groups == Groups((Group(128), Group(128, 512)))
     assert (groups.are_plain, groups.are_windowed) == (False, True)
     assert Groups.of(kv_config()).are_plain
+    chunked = KVCacheGroupSpec(["d"], ChunkedLocalAttentionSpec(**SPEC, attention_chunk_size=256))
+    assert Groups.of(windowed_config(512, chunked)).kinds[-1] == Group(128, 256)
+    recurrent = KVCacheGroupSpec(["d"], MambaSpec(**STATES, mamba_cache_mode="align"))
+    assert Groups.of(windowed_config(512, recurrent)).have_states
     groups.check_chunk(256)
     with pytest.raises(LayoutError, match="--chunk-size 256"):
         groups.check_chunk(200)
@@ -177,8 +182,8 @@ def test_a_load_writes_no_block_that_the_engine_has_already_or_that_vllm_has_tak
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
-        (MambaSpec(block_size=128, shapes=((8, 8),), dtypes=(torch.float32,)), "Mamba"),
-        (ChunkedLocalAttentionSpec(**SPEC, attention_chunk_size=256), "ChunkedLocalAttentionSpec"),
+        (MambaSpec(**STATES), "--enable-prefix-caching"),
+        (MambaSpec(**STATES, mamba_cache_mode="all"), 'mode "all"'),
         (FullAttentionSpec(**SPEC, non_causal=True), "later tokens"),
     ],
     ids=lambda value: type(value).__name__,
