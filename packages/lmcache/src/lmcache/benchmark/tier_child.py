@@ -16,6 +16,7 @@ def main() -> None:
 
     ``FOLDER`` is the parent's to remove, and ours when it cannot any more.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the server listens for it itself
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     parent, folder, *words = sys.argv[1:]
     try:
