@@ -152,11 +152,25 @@ def cell(row: Row, name: str) -> str:
     return common.text(row.figures[name], row.unit) if name in row.figures else ""
 
 
+def shown_command(command: str) -> str:
+    """A command as a reader would give it: without the file of its figures, and without paths of this machine."""
+    words = command.split()
+    if "--json" in words:
+        at = words.index("--json")
+        del words[at : at + 2]
+    return " ".join("PATH" if word.startswith("/") else word for word in words)
+
+
 def table(outcome: Outcome) -> list[str]:
     """A part in Markdown: its command, and a table of its rows."""
     rows = outcome.rows
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    lines = [f"### {outcome.part.title}", "", f"`{outcome.document['command']}`, load {outcome.document['load']}:", ""]
+    lines = [
+        f"### {outcome.part.title}",
+        "",
+        f"`{shown_command(outcome.document['command'])}`, load {outcome.document['load']}:",
+        "",
+    ]
     lines += ["| | " + " | ".join(names) + " | judged | bound | |", "|---|" + "---|" * (len(names) + 3)]
     for row in rows:
         judged = "" if row.value is None else f"{row.says}: {common.short(row.value)}"

@@ -24,7 +24,13 @@ def document(**changes: Any) -> dict[str, Any]:
         "says": "ours / bare",
     }
     row |= {"bound": 1.5, "at_least": False, "note": ""}
-    facts = {"run": "r1", "machine": "m", "load": 0.1, "commit": "c", "command": "python benchmarks/x.py"}
+    facts = {
+        "run": "r1",
+        "machine": "m",
+        "load": 0.1,
+        "commit": "c",
+        "command": "python benchmarks/x.py --json /a/b --model /c --rounds 2",
+    }
     return {**facts, "rows": [row], "details": None, **changes}
 
 
@@ -47,6 +53,7 @@ def test_figures_of_one_run_are_one_page(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     assert "old" not in text
     assert "1 of 2 bounds reached" in text
+    assert "`python benchmarks/x.py --model PATH --rounds 2`, load 0.1:" in text
     assert "- Lookup: another row" in text
     assert "| a row | 2.00 us (1.50-2.50) | 2.00 us (1.50-2.50) | ours / bare: 1.00 | <= 1.50 | reached |" in text
 
