@@ -36,8 +36,7 @@ class Index:
         self._free_slots = array("i")
 
     def prefix(self, keys: bytes) -> list[int]:
-        """Entries of the longest held prefix of concatenated keys; looks up to 31 keys beyond it, and none after a first
-        one that is missing."""
+        """Entries of the longest held prefix of concatenated keys. Looks at up to 31 keys beyond it."""
         get = self.by_key.get
         first = get(keys[:KEY_BYTES])
         entries: list[int] = []
