@@ -24,8 +24,7 @@ from common import Row
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-import artefacts
-from environments import environment, install_wheel, main_version
+from startup_env import startup_environments
 
 L1_GB = 0.125
 BOUNDS = {"-h": 2.5, "ping": 3.0, "describe": 6.0}
@@ -39,16 +38,6 @@ def commands(url: str) -> dict[str, list[str]]:
         "ping": ["ping", "kvcache", "--url", url],
         "describe": ["describe", "kvcache", "--url", url],
     }
-
-
-def our_environments() -> dict[str, Path]:
-    """The two wheels of this checkout, installed as a user would, but for torch, which no command imports."""
-    version = main_version()
-    thin = environment("startup-thin", version, artefacts.thin_requirements())
-    install_wheel(thin, artefacts.thin_wheel())
-    full = environment("startup-full", version, artefacts.full_requirements())
-    install_wheel(full, artefacts.full_wheel(version))
-    return {"ours thin": thin, "ours full": full}
 
 
 def elapsed_ms(command: list[str], env: dict[str, str]) -> float:
@@ -67,7 +56,7 @@ def elapsed_ms(command: list[str], env: dict[str, str]) -> float:
 
 def run(rounds: int, upstream: dict[str, Path]) -> dict[str, Any]:
     """Medians and quartiles in ms by `world command`, all taken in turn."""
-    ours = our_environments()
+    ours = startup_environments()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("LMCACHE_", "PYTHON"))}
     env["LMCACHE_TRACK_USAGE"] = "false"
     with tempfile.TemporaryDirectory() as name, common.Server(Path(name), L1_GB, str(ours["ours full"])) as server:

@@ -9,7 +9,9 @@ checksum of every byte it stores and checks every byte it retrieves, upstream do
 of its two shared-memory modes, take turns; "upstream" is the faster mode. All processes share this machine's cores.
 
 The last rows: one client looks a held prompt of 4,096 tokens up every 2 ms, while nothing else happens and while
-another client stores 1 MiB chunks without a pause and /status is read every 100 ms, in turn.
+another client stores 1 MiB chunks without a pause and /status is read every 100 ms, in turn. What the machine itself
+does to an exchange of two processes beside that load tells the raw socket: frames of a lookup's sizes, sent to a
+process that only sends them back, at the same times beside the same stores and scrapes of ours.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import common
+import echo
 import mixed_load
 from upstream import Agents, KvShape, Upstream
 
@@ -42,6 +45,8 @@ L1_GB = 2.0
 LOOKUP_TOKENS = 4096
 LOOKUP_SHAPE = KvShape(num_layers=8, token_bytes=4096, num_tokens=LOOKUP_TOKENS)
 LOOKUP_PAUSE_S, SCRAPE_S = 0.002, 0.1
+LOOKUP_FRAMES_BYTES = (530, 300)  # of a request that names 16 chunks, and of its answer
+RAW = "raw socket"
 MODES = ("lmcache_driven", "shm")
 BOUND, LOADED_BOUND = 3.0, 2.0
 KINDS = ("lookup", "store", "retrieve")
@@ -252,6 +257,29 @@ class Scraper:
         self._thread.join()
 
 
+class RawLooker:
+    """Asks a raw socket's echo, like a client that looks a prompt up."""
+
+    def __init__(self, raw: echo.SocketEcho) -> None:
+        self._raw = raw
+        self._plan: dict[str, Any] = {}
+
+    def begin(self, what: str, **details: object) -> None:
+        """Note the plan of a "look_on"."""
+        assert (what, details["kind"]) == ("load_of", "look_on")
+        self._plan = details
+
+    def finish(self) -> dict[str, Any]:
+        """Carry it out, in this process."""
+        times, start_at = list[float](), self._plan["start_at"]
+        frame = echo.frame_of(*LOOKUP_FRAMES_BYTES)
+        time.sleep(max(0.0, start_at - time.monotonic()))
+        while time.monotonic() < start_at + self._plan["seconds"]:
+            times.append(self._raw.seconds(frame))
+            time.sleep(self._plan["pause_s"])
+        return {"times": times}
+
+
 def look(clients: Sequence[Obeys], url: str, seconds: float, loaded: bool, seed: int) -> list[float]:
     """Times of the first client's lookups; the second one stores meanwhile if ``loaded``."""
     looker, storer = clients
@@ -273,12 +301,16 @@ def measure_lookup(report: common.Report, made: Servers, rounds: int, seconds: f
     """The rows of a lookup under load; returns the details."""
     late: dict[str, list[float]] = {}
     seed = 500_000_000
-    with crowd(made, LOOKUP_SHAPE, 2) as clients:
+    with contextlib.ExitStack() as stack:
+        clients = {**stack.enter_context(crowd(made, LOOKUP_SHAPE, 2))}
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        clients[RAW] = [RawLooker(stack.enter_context(echo.SocketEcho(folder))), clients["ours"][1]]
         for index in range(-1, 2 * rounds):
             for name, of in clients.items():
                 for loaded in (False, True):
                     seed += 100_000
-                    times = look(of, made[name].url, seconds if index >= 0 else 0.2, loaded, seed)
+                    server = made["ours" if name == RAW else name]
+                    times = look(of, server.url, seconds if index >= 0 else 0.2, loaded, seed)
                     if index >= 0:
                         late.setdefault(f"{name}, {'loaded' if loaded else 'idle'}", []).append(percentile(times, 0.99))
     for name in made:
@@ -289,7 +321,10 @@ def measure_lookup(report: common.Report, made: Servers, rounds: int, seconds: f
         ratio = statistics.median(late[f"{name}, loaded"]) / statistics.median(late[f"{name}, idle"])
         title = "p99 of a lookup beside stores and scrapes"
         if name == "ours":
-            report.add(common.Row(title, "ms", figures, ratio, "loaded / idle", LOADED_BOUND))
+            raw = {state: common.spread(late[f"{RAW}, {state}"], 1e3) for state in ("loaded", "idle")}
+            figures |= {RAW: raw["loaded"], f"{RAW}, idle": raw["idle"]}
+            note = f"{RAW}: loaded / idle = {raw['loaded']['median'] / raw['idle']['median']:.2f}"
+            report.add(common.Row(title, "ms", figures, ratio, "loaded / idle", LOADED_BOUND, note=note))
         else:
             report.add(common.Row(f"{title}: upstream, {name}", "ms", figures, ratio, "loaded / idle"))
     return late

@@ -8,6 +8,7 @@ import nox
 import peer_env
 import upstream_env
 from environments import environment, main_version, torch_site
+from startup_env import startup_environments
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / ".cache" / "bench"
@@ -25,6 +26,7 @@ def run(session: nox.Session, tiers: Path, vllm: Path) -> None:
     """
     peer = environment("peer", main_version(), [], sites=[torch_site()], script=Path(peer_env.__file__))
     thin = environment("upstream-cli", main_version(), [f"lmcache-cli=={upstream_env.CLI}"])
+    startup_environments()  # made here, since the environment that the suite runs in has no pip
     command = [str(tiers), str(ROOT / "benchmarks" / "suite.py"), str(OUT), *session.posargs]
     command += ["--vllm", str(vllm), "--upstream", str(peer), "--upstream-thin", str(thin)]
     if "--full" in session.posargs and "--only" not in session.posargs:

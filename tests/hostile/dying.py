@@ -38,7 +38,7 @@ def main(path: str, state: str) -> None:
             engine.client.send(m.Lookup(0, keys=os.urandom(32) * 8, promote=True))
         if state == "deaf":
             for _ in range(5000):
-                engine.client._socket.send(codec.encode(m.Ping(1)))
+                engine.client._line.send(codec.encode(m.Ping(1)))
         keep.append(engine)
     print("now", flush=True)
     while keep:

@@ -162,5 +162,11 @@ def test_a_death_in_any_state_frees_everything_that_was_held(own: Server, state:
             child.communicate()
         eventually(lambda: num_fds(own) <= before, "descriptors are closed")
         eventually(lambda: own.status()["attached_processes"] == 1, "only the witness is attached")
+    eventually(lambda: num_in_tier(own) == own.l1()["total_object_count"], "no chunk is being written to the tier")
     l1 = own.l1()
     assert (l1["read_locked_count"], l1["write_locked_count"]) == (0, 0)
+
+
+def num_in_tier(server: Server) -> int:
+    (adapter,) = server.status()["storage_manager"]["l2_adapters"]
+    return int(adapter["stored_object_count"])

@@ -9,8 +9,8 @@ from witness import watched
 from zmtp import LONG, MORE, Stranger, frame
 
 from lmcache.errors import PeerSilent
+from lmcache.wire.client import Client
 from lmcache.wire.messages import WIRE_VERSION, Hello, Welcome
-from lmcache.wire.peer import Client
 
 GROWTH_MIB = 1024  # 128 MiB, and what comes by loopback in a tenth of a second, longer on a busy machine
 FLOOD_MIB = 4096

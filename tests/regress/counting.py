@@ -1,6 +1,6 @@
 """A real core and its clients in one thread, and how many bytecode instructions of ours each of them executes.
 
-The core is assembled as a server does it and turned by hand; requests travel over real zmq sockets. Its clock stands
+The core is assembled as a server does it and turned by hand; requests travel over real sockets. Its clock stands
 still, so that nothing is done because time has passed. What libraries do is not counted, be they Python or not.
 """
 
@@ -31,8 +31,10 @@ from lmcache.server.sessions import Sessions
 from lmcache.system import SystemEntropy, SystemFiles
 from lmcache.wire import messages as m
 from lmcache.wire.door import Door
-from lmcache.wire.peer import Listener
+from lmcache.wire.local import LocalListener
 from lmcache.wire.poller import Poller
+from lmcache.wire.tcp import TcpListener
+from lmcache.wire.unix_listener import UnixListener
 
 OURS = os.path.dirname(lmcache.__file__) + os.sep
 EXTENT_BYTES = 64 << 10
@@ -93,12 +95,16 @@ class World:
     def __init__(self, stack: contextlib.ExitStack, folder: Path) -> None:
         clock, counters = StillClock(), Counters()
         self.sessions = Sessions(SystemEntropy())
-        listener = Listener()
-        stack.callback(listener.close)
-        endpoint = listener.bind("tcp://127.0.0.1:*")
+        self.poller = Poller()
+        stack.callback(self.poller.close)
+        tcp = TcpListener("tcp://127.0.0.1:*")
+        stack.callback(tcp.close)
         door = Door(str(folder / "attach"))
         stack.callback(door.close)
-        listener.bind(f"ipc://{folder}/attach.rpc")
+        entry = UnixListener(str(folder / "attach.rpc"), None)
+        stack.callback(entry.close)
+        local = LocalListener(entry, self.poller)
+        stack.callback(local.close)
         wake, waker = socket.socketpair()
         stack.callback(wake.close)
         stack.callback(waker.close)
@@ -115,12 +121,10 @@ class World:
         )
         stack.callback(lambda: self.cache.close(persist=False))
         self.cache.pool.grow(ENTRIES_MAX * EXTENT_BYTES)
-        self.poller = Poller()
-        stack.callback(self.poller.close)
-        plan = assembly.Plan(ServerConfig(instance_id="regress"), str(folder / "attach"), None, endpoint)
+        plan = assembly.Plan(ServerConfig(instance_id="regress"), str(folder / "attach"), None, tcp.endpoint)
         self.core = assembly._core(
             plan,
-            Ends(listener, door, wake, self.poller),
+            Ends(tcp, local, door, wake, self.poller),
             self.cache,
             self.sessions,
             counters,
@@ -128,11 +132,10 @@ class World:
             Growth(self.cache.pool, lambda: None),
             clock,  # type: ignore[arg-type]
         )
-        for end in listener.doors:
-            self.poller.watch_socket(end)
+        self.poller.watch_socket(tcp.socket)
         self.poller.watch(door.fileno())
         stack.callback(self._show_all_out)
-        port = int(endpoint.rpartition(":")[2])
+        port = int(tcp.endpoint.rpartition(":")[2])
         self.line = self._attach(stack, port, "worker").line
         asker = self._attach(stack, port, "scheduler")
         self.session = SchedulerSession(asker)

@@ -25,7 +25,7 @@ from lmcache.keys import checksum_seed, tenant_id
 from lmcache.transfer import _native
 from lmcache.wire import messages as m
 from lmcache.wire.attach import Attachment, attach
-from lmcache.wire.peer import Client
+from lmcache.wire.client import Client
 
 WAIT_S = 30.0
 EXTENT_BYTES = 64 << 10
@@ -69,6 +69,15 @@ class Server:
     @property
     def rpc(self) -> str:
         return f"tcp://127.0.0.1:{self.rpc_port}"
+
+    @property
+    def local_path(self) -> str:
+        """The socket of attached processes."""
+        return f"{self.attach_path}.rpc"
+
+    def way(self, name: str) -> str:
+        """The endpoint of one way in: "local" or "tcp"."""
+        return {"local": f"unix://{self.local_path}", "tcp": self.rpc}[name]
 
     @property
     def pool_folder(self) -> str:
@@ -153,6 +162,7 @@ class Engine:
         self.pool = mmap.mmap(fd, self.attachment.reply.pool_bytes)
         self.client = Client(self.attachment.reply.endpoint)
         self.hello(self.attachment.reply.token)
+        eventually(lambda: self.call(m.Ping(0)).ready_bytes, "L1 has memory")  # made while the server serves already
         if register:
             group = m.KernelGroup(
                 num_layers=2, num_blocks=64, block_tokens=16, num_heads=4, head_size=8, dtype="torch.float16",

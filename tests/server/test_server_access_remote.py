@@ -23,7 +23,7 @@ RPC_PORT, HTTP_PORT = 5555, 8080
 HELLO = f"""
 from lmcache.errors import PeerRefused
 from lmcache.wire import messages as m
-from lmcache.wire.peer import Client
+from lmcache.wire.client import Client
 with Client("tcp://{HERE}:{RPC_PORT}") as client:
     for request in (m.Hello(0, version=m.WIRE_VERSION), m.Ping(0), m.Lookup(0, keys=bytes(32)), m.Clear(0)):
         try:

@@ -19,7 +19,7 @@ from server_running import EXTENT_BYTES, WAIT_S, Engines, Server, eventually, ke
 from lmcache.errors import PeerRefused
 from lmcache.keys import extend, pack_tokens, request_namespace
 from lmcache.wire import messages as m
-from lmcache.wire.peer import Client
+from lmcache.wire.client import Client
 
 
 def test_what_was_committed_is_found_by_the_very_next_lookup_of_anyone(shared: Server, engines: Engines) -> None:
@@ -103,8 +103,11 @@ def test_a_question_that_nobody_waits_for_leaves_no_lease_though_its_answer_is_n
     assert isinstance(engine.call(m.Release(0, question=unread)), m.Done)
 
 
-def test_a_connection_that_is_bound_to_no_process_may_only_ping_and_ask_where_to_attach(shared: Server) -> None:
-    with Client(shared.rpc) as client:
+@pytest.mark.parametrize("way", ["local", "tcp"])
+def test_a_connection_that_is_bound_to_no_process_may_only_ping_and_ask_where_to_attach(
+    shared: Server, way: str
+) -> None:
+    with Client(shared.way(way)) as client:
         welcome = client.call(m.Hello(0, version=m.WIRE_VERSION), WAIT_S)
         assert isinstance(welcome, m.Welcome)
         assert welcome.attach_path == shared.attach_path
@@ -152,9 +155,12 @@ def test_requests_that_contradict_themselves_are_refused_with_a_rule(shared: Ser
     assert isinstance(engine.call(m.Abort(0, ticket=granted.ticket)), m.Done)
 
 
-def test_a_second_connection_with_the_same_token_takes_over_from_the_first(shared: Server, engines: Engines) -> None:
+@pytest.mark.parametrize("way", ["local", "tcp"])
+def test_a_second_connection_with_the_same_token_takes_over_from_the_first(
+    shared: Server, engines: Engines, way: str
+) -> None:
     engine = engines(shared)
-    with Client(shared.rpc) as other:
+    with Client(shared.way(way)) as other:
         other.call(m.Hello(0, version=m.WIRE_VERSION, token=engine.attachment.reply.token), WAIT_S)
         other.call(m.Lookup(0, keys=key("x")), WAIT_S)
         with pytest.raises(PeerRefused) as caught:
@@ -245,7 +251,7 @@ def as_nobody(server: Server, *groups: int) -> subprocess.CompletedProcess[str]:
         from lmcache.wire import messages as m
         from lmcache.wire.attach import attach
         from lmcache.errors import AttachError
-        import lmcache.wire.peer
+        import lmcache.wire.client
         os.setgroups([int(word) for word in sys.argv[2:]])
         os.setgid(65534)
         os.setuid(65534)
@@ -253,7 +259,7 @@ def as_nobody(server: Server, *groups: int) -> subprocess.CompletedProcess[str]:
             given = attach(sys.argv[1], m.Attach(version=m.WIRE_VERSION, pid=1, name="nobody", want_pool=True), 30.0)
         except AttachError as error:
             sys.exit(str(error))
-        with lmcache.wire.peer.Client(given.reply.endpoint) as client:
+        with lmcache.wire.client.Client(given.reply.endpoint) as client:
             client.call(m.Hello(0, version=m.WIRE_VERSION, token=given.reply.token), 30.0)
     """)
     command = [sys.executable, "-c", program, server.attach_path, *map(str, groups)]

@@ -81,7 +81,7 @@ def test_a_malformed_frame_costs_its_sender_the_binding_until_it_says_hello_agai
     shared: Server, engines: Engines
 ) -> None:
     engine = engines(shared)
-    engine.client._socket.send(VERSION + b"nonsense")
+    assert engine.client._line.send(VERSION + b"nonsense")
     with pytest.raises(PeerRefused) as caught:
         engine.lookup(["x"])
     assert caught.value.code == m.REFUSED_UNKNOWN
@@ -100,7 +100,7 @@ def test_a_giant_frame_costs_its_sender_the_connection_and_nobody_memory(shared:
         assert peak_kib < 64 << 10
 
 
-def test_a_client_that_never_reads_is_given_up_and_the_others_are_served(shared: Server, engines: Engines) -> None:
+def test_a_client_that_never_reads_tcp_is_given_up_and_the_others_are_served(shared: Server, engines: Engines) -> None:
     engine, deaf = engines(shared), engines(shared)
     names: list[object] = [("deaf", i) for i in range(200)]
     engine.store(names)
@@ -111,7 +111,7 @@ def test_a_client_that_never_reads_is_given_up_and_the_others_are_served(shared:
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.RCVHWM, 1)
         dealer.setsockopt(zmq.SNDHWM, 0)
-        dealer.connect(deaf.attachment.reply.endpoint)
+        dealer.connect(shared.rpc)
         dealer.send(hello)
         for _ in range(5_000):
             dealer.send(frame)

@@ -97,7 +97,7 @@ def test_the_start_says_how_an_engine_uses_it(shared: Server) -> None:
 
 def test_all_interfaces_may_be_listened_on_and_local_engines_are_served(tmp_path: Path) -> None:
     from lmcache.wire import messages as m
-    from lmcache.wire.peer import Client
+    from lmcache.wire.client import Client
 
     with running(str(tmp_path), "--host", "0.0.0.0") as server, Client(server.rpc) as client:
         assert isinstance(client.call(m.Hello(0, version=m.WIRE_VERSION), WAIT_S), m.Welcome)

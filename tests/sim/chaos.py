@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .world import World
 
 GB = 1 << 30
+HARMLESS = ("damage pool", "damage disk", "clear", "limit", "memory full")
+"""Kinds of trouble in which every conversation goes on."""
+
 KINDS = (
     "kill engine",
     "kill worker",
@@ -58,6 +61,9 @@ class Chaos:
             network.reorder = random.choice([0.0, 0.05])
             network.slow = random.choice([0.0, 0.01])
             network.disconnect = random.choice([0.0, 0.005])
+        if not network.is_lossy() and random.random() < 0.4:  # those need whole frames
+            world.network.room_bytes = random.choice([None, 50, 150, 400])
+            network.partial = random.choice([0.02, 0.2])
         tiers, disk = world.tier_faults, world.disk.faults
         if not calm and random.random() < 0.6:
             tiers.fail, tiers.slow = random.choice([0.0, 0.1]), random.choice([0.0, 0.1, 0.4])
@@ -70,6 +76,9 @@ class Chaos:
                 world.disk.capacity_bytes = random.choice([20, 60]) * 4096
         self.has_damage = tiers.flip > 0
         self.has_lost_messages = network.is_lossy() or network.disconnect > 0
+        self.may_end_conversations = bool(
+            self.has_lost_messages or network.slow or set(self._kinds).difference(HARMLESS)
+        )
         self.has_hurt_tiers = (
             bool(
                 tiers.fail
@@ -270,12 +279,12 @@ class Chaos:
             self._world.kernel.process = former
 
     def _break_line_of_service(self) -> None:
-        """Its requests are refused from then on, so that it lets go of the core and attaches anew."""
+        """Its conversations have ended, so that it lets go of the core and attaches anew."""
         service = self._world.service
         if service is not None:
-            for pipe in [pipe for pipe in self._world.network.pipes if pipe.client.process is service.process]:
+            for stream in [stream for stream in self._world.network.streams if stream.process is service.process]:
                 self.has_lost_messages = True
-                pipe.sever()
+                stream.sever()
 
     def _break_connection(self) -> None:
         self.has_lost_messages = True

@@ -32,12 +32,27 @@ class Watch:
         self._oracle = oracle
         self._salts = salts
         self._books = Books(core.cache, core.sessions, core.counters)
+        self._hear_last_words(core.cache)
         self._used: dict[str, int] = {}
         self._seen: dict[bytes, int] = {}  # visible chunks -> offset of rank 0
         self._turns = 0
         self._is_new = True
         self.damaged: set[tuple[int, int]] = set()  # extents whose bytes were changed by nobody's code
         self.inode = pool_inode(core.files, f"{ROOT}/{INSTANCE}")
+
+    def _hear_last_words(self, cache: Any) -> None:
+        """What a process said is heard before its end is, whatever it has not read."""
+        drop_owner = cache.drop_owner
+
+        def watched(owner: object) -> None:
+            for instance in self._core.sessions.instances():
+                peer: Any = instance.peer
+                if instance.id == owner and peer in self._core.core._ends.local._peers.values():
+                    unheard = peer.stream.frames or peer.stream._socket.data
+                    expect(not unheard, f"the last words of {instance} are not heard")
+            drop_owner(owner)
+
+        cache.drop_owner = watched
 
     def after_turn(self) -> None:
         """All that can be seen from the core's own books, and from who writes where.
@@ -51,6 +66,7 @@ class Watch:
         self._is_new, self._turns = self._turns == 0, self._turns + 1
         expect(core.core.fault is None, f"the core says of itself: {core.core.fault}")
         expect(core.counters.faults == 0, "a request failed by a fault of the server")
+        expect(core.counters.malformed == 0, "a message is not what was sent")
         self._books.check()
         self._check_memory()
         self._check_news()
@@ -117,6 +133,13 @@ def at_rest(core: CoreProcess) -> None:
     expect(not leases, f"{len(leases)} leases are held at rest")
     expect(not claims, f"{len(claims)} reservations are held at rest")
     expect(len(core.tiering.promotions) == 0, f"{len(core.tiering.promotions)} promotions run at rest")
+
+
+def nobody_left(core: CoreProcess) -> None:
+    """In a world in which nothing stands still and no connection breaks, nobody gives the server up."""
+    counters = core.counters
+    expect(counters.detaches == 0, f"{counters.detaches} processes gave up a server that served all the time")
+    expect(counters.unsent == 0, f"{counters.unsent} answers were not sent to processes that read all the time")
 
 
 def all_gone(core: CoreProcess) -> None:

@@ -119,6 +119,15 @@ class Engine:
         for process in self.processes:
             process.kill()
 
+    def idle(self) -> None:
+        """One step without requests: what full sockets kept goes on its way."""
+        if self.process.is_alive:
+            self.process.enter()
+            try:
+                self.session.pump()
+            finally:
+                self.process.leave()
+
     # --- one request after another
 
     async def _serve(self) -> None:

@@ -137,6 +137,7 @@ class Process:
         self.stopped_s = 0.0  # altogether
         self.skew_s = 0.0
         self.has_news = True  # something arrived, for a process that has no event loop
+        self.said_at = 0.0  # when the last of what it has sent by a stream arrives
         self.at_exit: list[Callable[[], None]] = []
         self.loop = Loop(self)
         kernel.processes.append(self)

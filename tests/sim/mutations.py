@@ -71,15 +71,15 @@ MUTATIONS = (
     Mutation(
         "leased share is not kept",
         "lmcache.cache.leases",
-        "if self.bytes + entry_bytes > limit_bytes:",
-        "if self.bytes > limit_bytes:",
+        "            if leased_bytes > limit_bytes:\n",
+        "            if self.bytes > limit_bytes:\n",
         "leases pin more than half of L1",
     ),
     Mutation(
         "written means unwritten",
         "lmcache.cache.store",
-        "            if kept:\n                self._records.mark_clean",
-        "            if not kept:\n                self._records.mark_clean",
+        "        if kept:\n            held.writes = False",
+        "        if not kept:\n            held.writes = False",
         "what the tiers have is written again for ever, what they failed to take is forgotten",
     ),
     # --- the core
@@ -124,6 +124,72 @@ MUTATIONS = (
         "        self.show_out(visitor)\n        self._last_id += 1",
         "        self._last_id += 1",
         "an attached process is taken for a visitor, and its attachment ended after two seconds",
+    ),
+    # --- conversations by path
+    Mutation(
+        "rest of a frame is dropped",
+        "lmcache.wire.stream",
+        "            self._unsent += memoryview(data)[num_sent:]\n",
+        "            pass\n",
+        "what a full socket does not take is lost, and the other end reads the next frame as its rest",
+    ),
+    Mutation(
+        "flush forgets",
+        "lmcache.wire.stream",
+        "            del self._unsent[:num_sent]\n",
+        "            self._unsent.clear()\n",
+        "what a full socket does not take the second time is lost",
+    ),
+    Mutation(
+        "who never waits never flushes",
+        "lmcache.wire.stream",
+        "        if self._unsent:\n            self.flush()  # also for who never waits\n",
+        "",
+        "a scheduler's look-up that its socket does not take at once never arrives (so it was until the simulation "
+        "found it)",
+    ),
+    Mutation(
+        "frame overtakes",
+        "lmcache.wire.stream",
+        "        if self._unsent:\n            if len(self._unsent) + len(data) > UNSENT_BYTES_MAX:",
+        "        if False:\n            if len(self._unsent) + len(data) > UNSENT_BYTES_MAX:",
+        "a message overtakes the rest of the one before it, and is taken for it",
+    ),
+    Mutation(
+        "never turned back",
+        "lmcache.wire.local",
+        "            self._poller.turn_to(peer.fd, writable=False)\n",
+        "",
+        "a connection whose answers waited once is watched for room to write for ever: the core spins",
+    ),
+    Mutation(
+        "turned back by the flush of a send only",
+        "lmcache.wire.local",
+        "        if stream.has_unsent != had_unsent:\n",
+        "        if stream.has_unsent and not had_unsent:\n",
+        "the same where another answer takes what waited along (so it was until the simulation found it)",
+    ),
+    Mutation(
+        "answers that wait are forgotten",
+        "lmcache.wire.local",
+        "            self._poller.turn_to(peer.fd, writable=stream.has_unsent)\n",
+        "            pass\n",
+        "the rest of an answer that a full socket did not take is never sent",
+    ),
+    Mutation(
+        "many words, one turn",
+        "lmcache.wire.local",
+        "                if stream.frames or stream.is_at_end:\n                    self._queue(peer)\n",
+        "",
+        "of two messages that arrive together the second waits for a third",
+    ),
+    Mutation(
+        "last words are not heard",
+        "lmcache.server.core",
+        "                for received in self._ends.local.last_words(instance.peer):\n"
+        "                    self._answer(received)\n",
+        "",
+        "the last chunks that a process stored are thrown away with it",
     ),
     # --- the engine's side
     Mutation(
@@ -237,8 +303,8 @@ MUTATIONS = (
     Mutation(
         "quarantine is counted by lease",
         "lmcache.cache.leases",
-        "            self.num_quarantined += 1\n        return keys",
-        "        self.num_quarantined += bool(keys)\n        return keys",
+        "            self._quarantine.note(key",
+        "            if len(keys) == 1:\n                self._quarantine.note(key",
         "of several spoiled chunks of one prompt one is counted",
     ),
     Mutation(

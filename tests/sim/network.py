@@ -1,22 +1,25 @@
-"""ZMQ and unix sockets between simulated processes: every message takes a while, and faults are drawn for each.
+"""What all connections have in common, and ZMQ: every message takes a while, and faults are drawn for each.
 
-A connection of ZMQ keeps the order of its messages and loses some only when it breaks; ``Faults`` can make the network
-worse than that (drop, duplicate, reorder), so that what the protocol relies on is seen.
+A connection keeps the order of its messages and loses some only when it breaks; ``Faults`` can make the network worse
+than that (drop, duplicate, reorder), so that what the protocol relies on is seen.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
 from .kernel import Kernel, Process, check_alive
 from .strands import block
+
+if TYPE_CHECKING:
+    from .sockets import Entry, StreamEnd
 
 DELAY_S = (0.00002, 0.002)
 RECONNECT_S = (0.05, 0.5)
@@ -32,6 +35,7 @@ class Faults:
     slow: float = 0.0
     slow_s: float = 1.5
     disconnect: float = 0.0
+    partial: float = 0.0  # a socket takes a part of what could be sent, or nothing
 
     def is_lossy(self) -> bool:
         """Whether messages get lost, doubled or reordered inside of a connection that stands."""
@@ -65,14 +69,21 @@ class Signal:
 
 
 class Network:
-    """All endpoints of ZMQ."""
+    """All endpoints, and all connections that stand.
+
+    ``room_bytes``: what a stream socket takes that its other end has not read, None for any number.
+    """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.faults = Faults()
+        self.room_bytes: int | None = None
         self.routers: dict[str, Socket] = {}
         self.pipes: list[Pipe] = []
         self.num_identities = 0
+        self.entries: dict[str, Entry] = {}
+        self.streams: list[StreamEnd] = []  # the ends that connected
+        self.counts: Counter[str] = Counter()
 
     def delay_s(self) -> float:
         """How long a message takes."""
@@ -82,9 +93,10 @@ class Network:
         return kernel.random.uniform(*DELAY_S)
 
     def break_one(self) -> None:
-        """Break a connection: what is on its way is lost, the client connects anew."""
-        if self.pipes:
-            self.kernel.random.choice(self.pipes).sever()
+        """Break a connection: what is on its way is lost, and its client connects anew."""
+        connections: list[Pipe | StreamEnd] = [*self.pipes, *self.streams]
+        if connections:
+            self.kernel.random.choice(connections).sever()
 
 
 class Pipe:
@@ -144,13 +156,12 @@ class Pipe:
 
 
 class Socket:
-    """A DEALER or a ROUTER with the calls that our code makes. ``is_async``: as of ``zmq.asyncio``."""
+    """A DEALER or a ROUTER with the calls that our code makes."""
 
-    def __init__(self, network: Network, kind: int, is_async: bool) -> None:
+    def __init__(self, network: Network, kind: int) -> None:
         self.network = network
         self.process: Process = check_alive()
         self.kind = kind
-        self.is_async = is_async
         self.endpoint = ""
         self.pipe: Pipe | None = None
         self.peers: dict[bytes, Pipe] = {}
@@ -199,18 +210,15 @@ class Socket:
 
     # --- sending
 
-    def send(self, frame: bytes, flags: int = 0) -> Any:
+    def send(self, frame: bytes, flags: int = 0) -> None:
         """One part."""
         check_alive()
         if self.kind == zmq.ROUTER:
             self._send_part(frame, flags)
-            return None
-        if self.is_async:
-            return self._send_later(frame)
-        if self.pipe is None:
+        elif self.pipe is None:
             raise zmq.Again
-        self.pipe.send(frame, to_server=True)
-        return None
+        else:
+            self.pipe.send(frame, to_server=True)
 
     def _send_part(self, frame: bytes, flags: int) -> None:
         if flags & zmq.SNDMORE:
@@ -220,11 +228,6 @@ class Socket:
         else:
             assert self._to is not None
             self.peers[self._to].send(frame, to_server=False)
-
-    async def _send_later(self, frame: bytes) -> None:
-        await self.changed.wait(None, lambda: self.pipe is not None)
-        assert self.pipe is not None
-        self.pipe.send(frame, to_server=True)
 
     # --- receiving
 
@@ -236,16 +239,10 @@ class Socket:
                 raise zmq.Again
             identity, frame = self.inbox.popleft()
             return [identity, frame] if copy else [_Part(identity), _Part(frame)]
-        if self.is_async:
-            return self._receive_later()
         if not self.inbox and not flags & zmq.DONTWAIT:
             block(lambda: self.changed.wait(self._timeout_ms / 1000, lambda: bool(self.inbox)))
         if not self.inbox:
             raise zmq.Again
-        return [self.inbox.popleft()]
-
-    async def _receive_later(self) -> list[bytes]:
-        await self.changed.wait(None, lambda: bool(self.inbox))
         return [self.inbox.popleft()]
 
     def poll(self, timeout_ms: int, flags: int) -> bool:
@@ -279,104 +276,12 @@ class _Part:
 
 
 def zmq_standin(network: Network) -> SimpleNamespace:
-    """A module that can stand for ``zmq`` and ``zmq.asyncio``."""
-
-    def context(is_async: bool) -> Callable[[], SimpleNamespace]:
-        def make() -> SimpleNamespace:
-            return SimpleNamespace(socket=lambda kind: Socket(network, kind, is_async), term=lambda: None)
-
-        return make
-
+    """A module that can stand for ``zmq``."""
     names = {name: getattr(zmq, name) for name in dir(zmq) if name.isupper()}
     return SimpleNamespace(
         **names,
         Again=zmq.Again,
         ZMQError=zmq.ZMQError,
         Socket=Socket,
-        strerror=zmq.strerror,
-        Context=context(False),
-        asyncio=SimpleNamespace(Context=context(True)),
+        Context=lambda: SimpleNamespace(socket=lambda kind: Socket(network, kind), term=lambda: None),
     )
-
-
-class Unix:
-    """One end of a unix stream socket: bytes, descriptors, and the end of the other process."""
-
-    def __init__(self, kernel: Kernel, process: Process, *, delay: bool = True) -> None:
-        self.kernel = kernel
-        self.process = process
-        self.other: Unix | None = None
-        self.data = bytearray()
-        self.fds: list[int] = []
-        self.is_over = False  # the other end was closed
-        self.is_closed = False
-        self.changed = Signal()
-        self._delay = delay
-        self._number = next(kernel.serials)
-        process.at_exit.append(self.close)
-
-    @classmethod
-    def pair(cls, kernel: Kernel, one: Process, two: Process, *, delay: bool = True) -> tuple[Unix, Unix]:
-        """Two ends."""
-        ends = cls(kernel, one, delay=delay), cls(kernel, two, delay=delay)
-        ends[0].other, ends[1].other = ends[1], ends[0]
-        return ends
-
-    def fileno(self) -> int:
-        """A number of no real descriptor."""
-        return 2_000_000 + self._number
-
-    def setblocking(self, value: bool) -> None:
-        """Never blocks."""
-
-    def is_readable(self) -> bool:
-        """Whether there are bytes, or the other end is gone."""
-        return bool(self.data) or self.is_over
-
-    def recv(self, num_bytes: int, flags: int = 0) -> bytes:
-        """What is there."""
-        if self.is_closed:
-            raise OSError("closed")
-        if self.data:
-            part = bytes(self.data[:num_bytes])
-            if not flags:
-                del self.data[:num_bytes]
-            return part
-        if self.is_over:
-            return b""
-        raise BlockingIOError
-
-    def send(self, data: bytes, flags: int = 0, fds: tuple[int, ...] = ()) -> int:
-        """Bytes, with descriptors beside them."""
-        del flags
-        other = self.other
-        if self.is_closed or other is None or other.is_closed:
-            raise BrokenPipeError
-        self._later(lambda: other._arrive(data, fds))
-        return len(data)
-
-    def _arrive(self, data: bytes, fds: tuple[int, ...]) -> None:
-        self.data += data
-        self.fds += fds
-        self.process.has_news = True
-        self.changed.set()
-
-    def close(self) -> None:
-        """The other end sees the end."""
-        if self.is_closed:
-            return
-        self.is_closed = True
-        other = self.other
-        if other is not None:
-            self._later(other._end)
-
-    def _end(self) -> None:
-        self.is_over = True
-        self.process.has_news = True
-        self.changed.set()
-
-    def _later(self, action: Callable[[], None]) -> None:
-        if self._delay:
-            self.kernel.after(0.0001, f"unix socket of {self.process.name}", action)
-        else:
-            action()

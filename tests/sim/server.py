@@ -20,18 +20,21 @@ from lmcache.server.sessions import Instance, Sessions
 from lmcache.server.tenants import Tenants
 from lmcache.server.tiering import Tiering
 from lmcache.wire import messages as m
+from lmcache.wire.client import LOCAL_SCHEME
 from lmcache.wire.door import SPEAK_S, Visitor
 from lmcache.wire.framing import pack
-from lmcache.wire.peer import Listener
+from lmcache.wire.local import LocalListener
+from lmcache.wire.tcp import TcpListener
 
 from .kernel import Kernel, Process
 from .memory import Files, Killed, SeededEntropy
-from .network import Network, Socket, Unix
+from .network import Network, Socket
+from .sockets import Entry, Unix
 from .standins import Knocking
 
 ATTACH_PATH = "/run/sim.sock"
 TENANT_SECRET = bytes(range(32))
-RPC, LOCAL = "tcp://localhost:5555", f"ipc://{ATTACH_PATH}.rpc"
+RPC, LOCAL = "tcp://localhost:5555", f"unix://{ATTACH_PATH}.rpc"
 ROOT = "/dev/shm/lmcache-1000"
 INSTANCE = "5555"
 CHUNK_TOKENS = 256
@@ -79,18 +82,25 @@ class _Door:
 
 
 class _Poller:
-    """Tells what is ready; never waits, since the kernel turns a core only when there is something to do."""
+    """Tells what is ready; never waits, since the kernel turns a core only when there is something to do. Sometimes it
+    tells one descriptor of several, as epoll may that has more than fit into its answer.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
         self.sockets: list[Socket] = []
-        self.fds: dict[int, Any] = {}
-        self.known: dict[int, Any] = {}
+        self.fds: dict[int, bool] = {}  # whether it is watched for room to write
 
     def watch_socket(self, socket: Socket) -> None:
         self.sockets.append(socket)
 
     def watch(self, fd: int) -> None:
-        self.fds[fd] = None
+        assert fd not in self.fds, "what is watched already is an error of epoll"
+        self.fds[fd] = False
+
+    def turn_to(self, fd: int, *, writable: bool) -> None:
+        assert fd in self.fds, "what is not watched is an error of epoll"
+        self.fds[fd] = writable
 
     def forget(self, fd: int) -> None:
         self.fds.pop(fd, None)
@@ -98,14 +108,21 @@ class _Poller:
     def ready(self, find: Callable[[int], Any]) -> tuple[list[Socket], list[int]]:
         return (
             [socket for socket in self.sockets if socket.inbox],
-            [fd for fd in self.fds if (end := find(fd)) is not None and end.is_readable()],
+            [fd for fd, writable in self.fds.items() if (end := find(fd)) is not None and _is_ready(end, writable)],
         )
 
     def wait(self, timeout_s: float | None) -> tuple[list[Socket], list[int]]:
         del timeout_s
-        return self.ready(self.find)
+        sockets, fds = self.ready(self.find)
+        if len(fds) > 1 and self._kernel.chance(0.1):
+            fds = [self._kernel.random.choice(fds)]
+        return sockets, fds
 
     find: Callable[[int], Any]
+
+
+def _is_ready(end: Any, writable: bool) -> bool:
+    return bool(end.is_writable() if writable else end.is_readable())
 
 
 class _Wake:
@@ -183,7 +200,7 @@ class CoreProcess(Process):
         self.has_stopped = False
         self.num_turns = 0
         self._wake_at: float | None = None
-        self._poller = _Poller()
+        self._poller = _Poller(kernel)
         self.wake = _Wake()
         self._knocking = knocking
         _Visitor.files = files
@@ -195,10 +212,9 @@ class CoreProcess(Process):
             self.leave()
 
     def _start(self, network: Network) -> None:
-        del network
-        listener = Listener()
-        listener.bind(RPC)
-        listener.bind(LOCAL)
+        tcp = TcpListener(RPC)
+        self._entry = Entry(network, LOCAL.removeprefix(LOCAL_SCHEME))
+        local = LocalListener(self._entry, self._poller)  # type: ignore[arg-type]
         geometry = self.geometry
         self.cache = open_cache(
             pool_directory(ROOT, INSTANCE),
@@ -228,7 +244,7 @@ class CoreProcess(Process):
             self._snapshot,
             lambda sentence: None,
         )
-        ends = Ends(listener, _Door(self._knocking), self.wake, self._poller)  # type: ignore[arg-type]
+        ends = Ends(tcp, local, _Door(self._knocking), self.wake, self._poller)  # type: ignore[arg-type]
         self._poller.find = self._find
         self.core = Core(
             ends,
@@ -242,11 +258,9 @@ class CoreProcess(Process):
             self,
             self._attached,
         )
-        for door in listener.doors:
-            self._poller.watch_socket(door)  # type: ignore[arg-type]
+        self._poller.watch_socket(tcp.socket)  # type: ignore[arg-type]
         for fd in (1_999_999, 1_999_998):
             self._poller.watch(fd)
-        self._listener = listener
         if self.geometry.has_tiers:
             self.supervisor.start()
             self.sessions.expect_service(self.supervisor.token)
@@ -260,6 +274,11 @@ class CoreProcess(Process):
             return ends.door
         if fd == 1_999_998:
             return self.wake
+        if fd == self._entry.fileno():
+            return self._entry
+        peer = ends.local._peers.get(fd)
+        if peer is not None:
+            return peer.stream._socket
         instance = self.sessions.attached(fd)
         if instance is not None:
             return instance.visitor.socket
@@ -290,6 +309,8 @@ class CoreProcess(Process):
 
     def _has_work(self) -> bool:
         if self._wake_at is not None and self.now() >= self._wake_at:
+            return True
+        if self.core._ends.local.has_waiting:
             return True
         if self.has_news:
             sockets, fds = self._poller.ready(self._find)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import queue
+import socket
 import threading
 import zlib
 from collections import deque
@@ -25,7 +26,9 @@ import lmcache.tiers.file_folder as file_folder
 import lmcache.tiers.file_io as file_io
 import lmcache.wire.async_client as async_client
 import lmcache.wire.attach as attach
-import lmcache.wire.peer as peer
+import lmcache.wire.client as client
+import lmcache.wire.stream as stream
+import lmcache.wire.tcp as tcp
 from lmcache.cache import extents, opening
 from lmcache.errors import AttachError
 from lmcache.wire import framing
@@ -35,7 +38,8 @@ from lmcache.wire.messages import Attach, AttachRefused, AttachReply
 from . import memory
 from .disk import Disk, disk_standins
 from .kernel import Kernel, Process, check_alive
-from .network import Network, Signal, Unix, zmq_standin
+from .network import Network, Signal, zmq_standin
+from .sockets import READABLE, WRITABLE, Poll, StreamEnd, Unix, open_connection
 from .strands import block, on_strand
 
 PIECE_BYTES = 16 * 4096
@@ -110,29 +114,6 @@ class _Queue:
         return self.get_nowait()
 
 
-class _Poll:
-    """``select.poll`` over unix sockets of ours."""
-
-    def __init__(self) -> None:
-        self._sockets: list[Unix] = []
-
-    def register(self, socket: Unix, mask: int) -> None:
-        del mask
-        self._sockets.append(socket)
-
-    def poll(self, timeout_ms: float | None) -> list[int]:
-        changed = Signal()
-        sockets = self._sockets
-        for socket in sockets:
-            socket.changed = changed
-
-        def is_ready() -> bool:
-            return any(socket.is_readable() or socket.is_closed for socket in sockets)
-
-        block(lambda: changed.wait(None if timeout_ms is None else timeout_ms / 1000, is_ready))
-        return []
-
-
 class Knocking:
     """The attach socket of a core: who has connected and was not accepted yet."""
 
@@ -197,14 +178,22 @@ class Standins:
             sched_setaffinity=lambda *_: None,
         )
         sockets = SimpleNamespace(socketpair=self._socketpair, socket=Unix)
+        clients = SimpleNamespace(
+            socket=lambda family, kind: StreamEnd(self._network, check_alive()),
+            AF_UNIX=socket.AF_UNIX,
+            SOCK_STREAM=socket.SOCK_STREAM,
+        )
+        polls = SimpleNamespace(poll=Poll, POLLIN=READABLE, POLLOUT=WRITABLE)
         zmq = zmq_standin(self._network)
         disk = disk_standins(self._disk)
         replaced: list[tuple[Any, dict[str, Any]]] = [
-            (peer, {"zmq": zmq, "time": time, "_listen": lambda _: _Port()}),
-            (async_client, {"zmq": zmq}),
+            (tcp, {"zmq": zmq, "_listen": lambda _: _Port()}),
+            (client, {"socket": clients, "time": time}),
+            (stream, {"select": polls, "time": time}),
+            (async_client, {"open_unix_connection": lambda path: open_connection(self._network, path)}),
             (attach, {"os": system}),
             (core, {"os": system}),
-            (link, {"threading": threads, "select": SimpleNamespace(poll=_Poll, POLLIN=1), "socket": sockets}),
+            (link, {"threading": threads, "select": polls, "socket": sockets}),
             (link, {"os": system, "attach": self.attach, "PoolMap": memory.PoolMap}),
             (copier, {"threading": threads, "queue": queues, "time": time, "os": system}),
             (cascade_line, {"attach": self.attach, "PoolMap": memory.PoolMap, "os": system}),

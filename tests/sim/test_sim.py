@@ -50,5 +50,6 @@ def test_much_happens_in_the_worlds() -> None:
         assert result.problem is None, result.problem
         for name, value in result.counts.items():
             happened[name] = happened.get(name, 0) + value
-    for name in ("accepted", "stored", "promoted", "kept", "kill engine", "kill core", "kill service", "stop core"):
+    names = ("accepted", "stored", "promoted", "kept", "kill engine", "kill core", "kill service", "stop core")
+    for name in (*names, "parts of frames by the client", "parts of frames by the core"):
         assert happened[name] > 0, f"{name} never happened"

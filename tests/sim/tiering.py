@@ -13,13 +13,13 @@ from lmcache.errors import LMCacheError, TierError
 from lmcache.tiers import make_tier
 from lmcache.tiers.base import Share, Tier, Usage
 from lmcache.wire import messages as m
-from lmcache.wire.async_client import AsyncClient
+from lmcache.wire.async_client import open_client
 
 from . import memory
 from .kernel import Kernel, Process, Violation
-from .network import Unix
 from .oracle import Oracle, Written
 from .server import ATTACH_PATH, LOCAL
+from .sockets import Unix
 
 GB = 1 << 30
 
@@ -162,7 +162,10 @@ class Service:
 
     async def ask(self, request: m.Request) -> m.Reply | None:
         """One request of the HTTP API; None where the core does not answer."""
-        client = AsyncClient(LOCAL)
+        try:
+            client = await open_client(LOCAL)
+        except LMCacheError:
+            return None
         try:
             await client.call(m.Hello(0, version=m.WIRE_VERSION, token=self._token), 1.0)
             return await client.call(request, 1.0)

@@ -12,14 +12,15 @@ from lmcache.cache.base import Limits
 from lmcache.wire.messages import PROMOTION_PATIENCE_S
 
 from .chaos import Chaos
-from .checks import Watch, all_gone, at_rest, cascade_at_rest, everything_written, tier_at_rest
+from .checks import Watch, all_gone, at_rest, cascade_at_rest, everything_written, nobody_left, tier_at_rest
 from .disk import Disk
 from .engine import Engine, Prompts
 from .kernel import Kernel, Process, Violation
 from .memory import Files, Killed
-from .network import Network, Unix
+from .network import Network
 from .oracle import Oracle
 from .server import ATTACH_PATH, CoreProcess, Geometry
+from .sockets import Unix
 from .standins import Knocking, Standins
 from .tiering import Service, TierFaults, Watched, make
 from .worker import Model
@@ -110,6 +111,7 @@ class World:
             "promoted": sum(engine.stats.promoted for engine in self.engines),
             "lives": self.lives,
             "kept": sum(map(len, self.kept.values())),
+            **self.network.counts,
             **self.chaos.counts,
         }
         return result
@@ -148,8 +150,10 @@ class World:
         core = self.core
         if self.chaos.has_lost_messages:
             self._pass(max(self.geometry.limits.lease_s, PROMOTION_PATIENCE_S) + 1.0)
-        self._pass(1.0)
+        self._pass(1.0, meanwhile=lambda: [engine.idle() for engine in self.engines])
         at_rest(core)
+        if not self.chaos.may_end_conversations:
+            nobody_left(core)
         if self.geometry.has_tiers and self.policy == "write-through":
             self._drain()
         if self.service is not None and self.service.process.is_alive:
@@ -184,11 +188,12 @@ class World:
                 raise Violation(f"after {seconds:g} s it has not happened that {what}")
             self.step()
 
-    def _pass(self, seconds: float) -> None:
+    def _pass(self, seconds: float, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Let time pass."""
         over: list[bool] = []
         self.kernel.after(seconds, "time has passed", lambda: over.append(True))
         while not over:
+            meanwhile()
             self.step()
 
     def _end(self) -> None:

@@ -24,7 +24,7 @@ GIVEN = m.Attached(
     server=b"s" * 16,
     instance=3,
     token=b"t" * 16,
-    endpoint="ipc://x",
+    endpoint="unix:///x",
     pool_bytes=8,
     ready_bytes=8,
     chunk_tokens=256,
@@ -33,7 +33,7 @@ GIVEN = m.Attached(
 
 
 def next_visitor(door: Door) -> Visitor:
-    door._socket.settimeout(WAIT_S)
+    door._listener._socket.settimeout(WAIT_S)
     visitor = door.accept(time.monotonic())
     assert visitor is not None
     return visitor

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from lmcache.errors import ConfigError, WireError
-from lmcache.wire import door as doors
-from lmcache.wire import framing
+from lmcache.wire import framing, unix_listener
 from lmcache.wire import messages as m
-from lmcache.wire.door import SPEAK_S, Door, Visitor, default_path, prepare_folder
+from lmcache.wire.door import SPEAK_S, Door, Visitor, default_path
+from lmcache.wire.unix_listener import prepare_folder
 
 ASK = m.Attach(version=m.WIRE_VERSION, pid=1, name="test", want_pool=False)
 NO = m.AttachRefused(code="busy", message="not now")
@@ -180,8 +180,8 @@ def test_a_socket_that_cannot_be_made_is_one_sentence(tmp_path: Path, monkeypatc
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(doors, "share", refuse)
-    with pytest.raises(ConfigError, match="cannot make the attach socket"):
+    monkeypatch.setattr(unix_listener, "share", refuse)
+    with pytest.raises(ConfigError, match="cannot make the socket"):
         Door(str(tmp_path / "sock"))
 
 

@@ -44,7 +44,7 @@ class Counters:
     requests: int = _of("Well-formed requests received")
     refused: int = _of("Requests answered with a typed refusal")
     malformed: int = _of("Frames that were not understood")
-    unsent: int = _of("Answers dropped because their receiver was gone or did not read")
+    unsent: int = _of("Answers dropped because their receiver did not read, or was gone from tcp")
     reopened_doors: int = _of("Times that all tcp connections were ended because they filled memory")
     faults: int = _of("Requests that failed by a fault of the server")
     http_refused: int = _of("HTTP requests turned away for want of a token, a role or a local origin")

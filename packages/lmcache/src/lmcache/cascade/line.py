@@ -6,9 +6,9 @@ import asyncio
 import os
 from typing import TypeVar
 
-from lmcache.errors import PeerRefused, PoolError, WireError
+from lmcache.errors import PeerRefused, PeerSilent, PoolError, WireError
 from lmcache.transfer.pool_map import PoolMap
-from lmcache.wire.async_client import AsyncClient
+from lmcache.wire.async_client import AsyncClient, open_client
 from lmcache.wire.attach import Attachment, attach
 from lmcache.wire.messages import REFUSED_UNKNOWN, WIRE_VERSION, Attach, Done, Hello, Reply, Request, Welcome
 from lmcache.wire.orders import Enlist
@@ -60,6 +60,10 @@ class CoreLine:
             if error.code == REFUSED_UNKNOWN:  # the core no longer knows this connection
                 self.is_lost.set()
             raise
+        except PeerSilent:
+            if self._client.is_over:
+                self.is_lost.set()
+            raise
         if not isinstance(reply, kind):
             raise WireError(f"the core answered a {type(request).__name__} with a {type(reply).__name__}")
         return reply
@@ -83,7 +87,7 @@ async def open_line(attach_path: str, token: bytes, *, write_back: bool, read_on
         assert attachment.pool_fd is not None
         fd, attachment.pool_fd = attachment.pool_fd, None
         pool = PoolMap(fd, attachment.reply.pool_bytes)
-        client = AsyncClient(attachment.reply.endpoint)
+        client = await open_client(attachment.reply.endpoint)
         line = CoreLine(attachment, pool, client)
         await line.ask(Hello(0, version=WIRE_VERSION, token=attachment.reply.token), Welcome, GREETING_S)
         await line.ask(Enlist(0, token=token, write_back=write_back, read_only=read_only), Done, GREETING_S)

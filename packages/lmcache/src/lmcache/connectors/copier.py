@@ -361,6 +361,9 @@ class CopyWorker:
     def _line(self) -> Line | None:
         """The current line, for the storing thread, which is the one that talks."""
         line = self._link.line
+        if line is not None and line.client.is_over:
+            self._link.drop(line, "the server ended the conversation")
+            line = None
         if line is not self._talking:
             if self._talking is not None:
                 self._talking.client.close()

@@ -14,15 +14,14 @@ import os
 import select
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmcache.errors import AttachError, LMCacheError, PeerRefused, PeerSilent, WireError
 from lmcache.transfer.pool_map import PoolMap
 from lmcache.wire.attach import Attachment, attach
+from lmcache.wire.client import Client
 from lmcache.wire.messages import REFUSED_VERSION, WIRE_VERSION, Attach, Done, Hello, Register, Welcome
-from lmcache.wire.peer import Client
 from lmcache_cli._version import __version__
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,6 @@ class Link:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._closed = False
-        self._retired: deque[Client] = deque()
         self._told: str | None = None
         self._first_try = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"lmcache link ({name})", daemon=True)
@@ -113,15 +111,6 @@ class Link:
             self._line = None
         self._tell(f"{self._name}: {why}; serving without the cache until the server answers again")
         self._wake()
-
-    def retire(self, line: Line) -> None:
-        """End a former line's conversation, on the link's thread, since it waits for zmq's own threads. The caller must
-        not use ``line.client`` again."""
-        self._retired.append(line.client)
-        if self._thread.is_alive():
-            self._wake()
-        else:
-            self._close_retired()
 
     def close(self) -> None:
         """Detach and stop trying."""
@@ -155,7 +144,6 @@ class Link:
             self._line = line
             self._first_try.set()
             self._watch(line)
-        self._close_retired()
         self._wake_read.close()
         self._wake_write.close()
 
@@ -179,12 +167,6 @@ class Link:
             poller.register(waker, select.POLLIN)
         poller.poll(None if timeout_s is None else timeout_s * 1000)
         self._drain()
-        self._close_retired()
-
-    def _close_retired(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self._retired.popleft().close()
 
     def _drain(self) -> None:
         with contextlib.suppress(OSError):

@@ -123,7 +123,11 @@ class SchedulerSession:
         line = self._refresh()
         if line is None:
             return
-        for reply in line.client.receive():
+        replies = line.client.receive()
+        if not replies and line.client.is_over:
+            self._drop(line, "the server ended the conversation")
+            return
+        for reply in replies:
             question = self._asked.pop(reply.id, None)
             if question is None:
                 continue
@@ -189,7 +193,7 @@ class SchedulerSession:
         line = self._link.line
         if line is not self._line:
             if self._line is not None:
-                self._link.retire(self._line)
+                self._line.client.close()
                 for question in (*self._asked.values(), *self._promoting):
                     question.over = True
                 self._asked.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -34,9 +33,12 @@ from lmcache.server.tenants import Tenants
 from lmcache.server.tiering import Tiering
 from lmcache.system import SystemClock, SystemEntropy, SystemFiles
 from lmcache.wire import messages as m
-from lmcache.wire.door import Door, private_umask, share
-from lmcache.wire.peer import AddressInUse, Listener
+from lmcache.wire.client import LOCAL_SCHEME
+from lmcache.wire.door import Door
+from lmcache.wire.local import LocalListener
 from lmcache.wire.poller import Poller
+from lmcache.wire.tcp import AddressInUse, TcpListener
+from lmcache.wire.unix_listener import UnixListener
 from lmcache_cli._version import __version__
 
 SERVER_ID_BYTES = 16
@@ -56,7 +58,7 @@ class Plan:
 
     @property
     def local_path(self) -> str:
-        """The zmq socket of this machine's clients, beside the attach socket."""
+        """The socket of attached processes, beside the attach socket."""
         return self.attach_path + ".rpc"
 
 
@@ -71,23 +73,22 @@ def run_core(
     clock, counters, sessions = SystemClock(), Counters(), Sessions(SystemEntropy())
     sessions.expect_service(supervisor.token)
     with contextlib.ExitStack() as stack:
-        listener = Listener()
-        stack.callback(listener.close)
-        _bind_port(listener, plan)
+        poller = Poller()
+        stack.callback(poller.close)
+        tcp = _bind_port(plan)
+        stack.callback(tcp.close)
         door = Door(plan.attach_path, plan.gid)
         stack.callback(door.close)
-        stack.callback(_remove, plan.local_path)
-        with private_umask():
-            listener.bind(f"ipc://{plan.local_path}")
-        share(plan.local_path, plan.gid)
+        entry = UnixListener(plan.local_path, plan.gid)
+        stack.callback(entry.close)
+        local = LocalListener(entry, poller)
+        stack.callback(local.close)
         cache = _open_cache(plan.config, clock)
         stack.callback(lambda: cache.close(persist=plan.config.persist))
         growth = Growth(cache.pool, lambda: _nudge(waker))
         stack.callback(growth.stop)
         growth.start()
-        poller = Poller()
-        stack.callback(poller.close)
-        core = _core(plan, Ends(listener, door, wake, poller), cache, sessions, counters, supervisor, growth, clock)
+        core = _core(plan, Ends(tcp, local, door, wake, poller), cache, sessions, counters, supervisor, growth, clock)
         announce()
         core.run()
         log.info("stopping")
@@ -114,7 +115,7 @@ def _core(
             server=server_id,
             instance=instance.id,
             token=instance.token,
-            endpoint=f"ipc://{plan.local_path}",
+            endpoint=LOCAL_SCHEME + plan.local_path,
             pool_bytes=cache.pool.total_bytes,
             ready_bytes=cache.pool.ready_bytes,
             chunk_tokens=config.chunk_tokens,
@@ -171,19 +172,13 @@ def _open_pool(directory: str, config: ServerConfig, files: SystemFiles) -> tupl
             time.sleep(LOCK_PAUSE_S)
 
 
-def _bind_port(listener: Listener, plan: Plan) -> None:
+def _bind_port(plan: Plan) -> TcpListener:
     try:
-        listener.bind(plan.rpc_endpoint)
+        return TcpListener(plan.rpc_endpoint)
     except AddressInUse:
         raise PortInUse(f"port {plan.config.rpc_port} is in use on {plan.config.host}") from None
     except WireError as error:
         raise ConfigError(str(error)) from None
-
-
-def _remove(path: str) -> None:
-    """libzmq leaves the file of its socket behind."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def _nudge(waker: socket.socket) -> None:

@@ -24,11 +24,13 @@ from lmcache.system import Clock
 from lmcache.wire import codec
 from lmcache.wire import messages as m
 from lmcache.wire.door import Door, Visitor
-from lmcache.wire.peer import Listener, Peer, Received
+from lmcache.wire.local import LocalListener
+from lmcache.wire.peer import Peer, Received
 from lmcache.wire.poller import Poller
+from lmcache.wire.tcp import TcpListener
 
 MESSAGES_MAX = 64
-"""Messages of one door, and visitors, that one turn of the loop takes."""
+"""Messages of each way in, and visitors, that one turn of the loop takes."""
 
 CHECKED_ENTRIES_MAX = 10_000
 """Entries whose books are looked through in one go: about 3 us each, so a request waits 30 ms for it at most."""
@@ -51,7 +53,8 @@ log = logging.getLogger("lmcache.core")
 class Ends:
     """Everything the loop waits on. ``wake``: bytes of it are signal numbers, or 0 when the growth thread ended."""
 
-    listener: Listener
+    tcp: TcpListener
+    local: LocalListener
     door: Door
     wake: socket.socket
     poller: Poller
@@ -85,7 +88,6 @@ class Core:
         self._clock = clock
         self._attached = attached
         self._local = LocalAddresses()
-        self._door_numbers = {id(door): number for number, door in enumerate(ends.listener.doors)}
         self._stop_at: float | None = None  # when a stop waits no longer for the tiers
         self._sweep_at: float | None = None
         self._check_at: float | None = None
@@ -98,8 +100,7 @@ class Core:
     def run(self) -> None:
         """Serve until told to stop."""
         poller = self._ends.poller
-        for door in self._ends.listener.doors:
-            poller.watch_socket(door)
+        poller.watch_socket(self._ends.tcp.socket)
         poller.watch(self._ends.door.fileno())
         poller.watch(self._ends.wake.fileno())
         self._watch_service()
@@ -117,12 +118,16 @@ class Core:
 
     def turn(self) -> None:
         """Wait for anything, then do all of it."""
-        doors, fds = self._ends.poller.wait(self._patience_s())
-        for door in doors:
-            self._serve(self._door_numbers[id(door)])
-        for fd in fds:
+        ends = self._ends
+        sockets, fds = ends.poller.wait(0.0 if ends.local.has_waiting else self._patience_s())
+        # What a process said is heard before its end is.
+        others = [fd for fd in fds if not ends.local.attend(fd)]
+        self._serve(ends.local)
+        if sockets:
+            self._serve(ends.tcp)
+        for fd in others:
             self._attend(fd)
-        if doors or fds:
+        if sockets or fds:
             self._check_at = self._clock.now() + _IDLE_S
         self._keep_time()
 
@@ -160,7 +165,7 @@ class Core:
             self._send(peer, reply)
         if self._weigh_at is not None and self._weigh_at <= now:
             self._weigh_at = now + WEIGH_S
-            if self._scale.is_heavy(self._cache.num_entries):
+            if self._scale.is_heavy(self._cache.num_entries, self._ends.local.held_bytes):
                 self._end_strangers()
         if self._check_at is not None and self._check_at <= now:
             self._check_at = None
@@ -169,14 +174,10 @@ class Core:
     def _end_strangers(self) -> None:
         """zmq keeps messages that have no end, and halves of frames, without a limit. Nobody sees from whom; attached
         processes do not come by tcp, so those connections can all end."""
-        for number, door in enumerate(self._ends.listener.doors):
-            if self._ends.listener.reopen(number):
-                self._ends.poller.forget_socket(door)
-                del self._door_numbers[id(door)]
-                renewed = self._ends.listener.doors[number]
-                self._ends.poller.watch_socket(renewed)
-                self._door_numbers[id(renewed)] = number
-                self._counters.reopened_doors += 1
+        self._ends.poller.forget_socket(self._ends.tcp.socket)
+        self._ends.tcp.reopen()
+        self._ends.poller.watch_socket(self._ends.tcp.socket)
+        self._counters.reopened_doors += 1
         log.warning("ended all tcp connections: what they had sent of messages without an end filled memory")
 
     def _check(self) -> None:
@@ -191,9 +192,9 @@ class Core:
 
     # --- messages
 
-    def _serve(self, door: int) -> None:
+    def _serve(self, source: TcpListener | LocalListener) -> None:
         for _ in range(MESSAGES_MAX):
-            received = self._ends.listener.receive(door)
+            received = source.receive()
             if received is None:
                 return
             reply = self._answer(received)
@@ -202,7 +203,7 @@ class Core:
                 self._send(received.peer, reply)
 
     def _send(self, peer: Peer, reply: m.Reply) -> None:
-        if not self._ends.listener.send(peer, reply):
+        if not peer.send(reply):
             self._counters.unsent += 1
             self._sessions.forget(peer)
 
@@ -210,7 +211,7 @@ class Core:
         """The reply to one message; None for what has no id to answer to."""
         try:
             if received.frame is None:
-                raise codec.MalformedFrame(m.REFUSED_INVALID, "a message has exactly one part")
+                raise codec.MalformedFrame(m.REFUSED_INVALID, "not one frame")
             request = codec.decode_request(received.frame)
         except codec.MalformedFrame as error:
             return self._forget_malformed(received, error)
@@ -243,6 +244,8 @@ class Core:
         instance = self._sessions.attached(fd)
         if instance is not None:
             if instance.visitor.gone():
+                for received in self._ends.local.last_words(instance.peer):
+                    self._answer(received)
                 self._bury(instance)
             return
         visitor = self._sessions.visitor(fd)

@@ -8,8 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from lmcache.errors import PeerRefused, PeerSilent, WireError
+from lmcache.wire.client import Client
 from lmcache.wire.messages import REFUSED_UNKNOWN, WIRE_VERSION, Hello, Reply, Report, Request, Snapshot
-from lmcache.wire.peer import Client
 
 CALL_S = 0.7
 """How long the core may take for one answer."""
@@ -26,7 +26,7 @@ _WAITING_MAX = 64
 class CoreLink:
     """Asks the core and never waits for it longer than agreed.
 
-    zmq sockets belong to one thread, so all conversation happens on the only thread of ``_executor``; at most
+    The client belongs to one thread, so all conversation happens on the only thread of ``_executor``; at most
     ``_WAITING_MAX`` requests wait for it.
     """
 
@@ -78,8 +78,11 @@ class CoreLink:
         return self._verdict
 
     def _call(self, request: Request) -> Reply:
+        if self._client is not None and self._client.is_over:
+            self._client.close()
+            self._client = None
         if self._client is None:
-            self._client = Client(self._endpoint)
+            self._client, self._is_bound = Client(self._endpoint), False
         is_repetition = False
         while True:
             try:
@@ -88,7 +91,7 @@ class CoreLink:
                     self._is_bound = True
                 reply = self._client.call(request, CALL_S)
             except PeerRefused as error:
-                # The connection was replaced, or the core forgot it: say Hello again, once.
+                # The core forgot the connection: say Hello again, once.
                 self._is_bound = False
                 if is_repetition or error.code != REFUSED_UNKNOWN:
                     raise

@@ -50,7 +50,7 @@ def serve(config: ServerConfig, first: Spawned) -> None:
 
         path = os.path.abspath(config.attach_path or default_path(config.rpc_port, gid))
         boot = {
-            "endpoint": f"ipc://{path}.rpc",
+            "endpoint": f"unix://{path}.rpc",
             "version": __version__,
             "config": {**asdict(config), "attach_path": path},
             "tier_names": config.tier_names(),

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from lmcache.system import Entropy
 from lmcache.wire.door import VISITORS_MAX, Visitor
-from lmcache.wire.messages import TOKEN_BYTES, Attach, Register
-from lmcache.wire.peer import IN_FLIGHT_MAX, Peer
+from lmcache.wire.messages import IN_FLIGHT_MAX, TOKEN_BYTES, Attach, Register
+from lmcache.wire.peer import Peer
 
 _NAME_MAX = 64
 

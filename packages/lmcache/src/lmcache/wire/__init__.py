@@ -1,4 +1,5 @@
 """Messages between a client and the core: what they are, how they travel, how a process attaches. No cache knowledge.
 
-Reading order: messages.py, codec.py, peer.py (zmq), poller.py; framing.py, door.py and attach.py (the attach socket).
+Reading order: messages.py, codec.py, stream.py, client.py, peer.py, local.py, tcp.py (zmq), poller.py;
+unix_listener.py, framing.py, door.py and attach.py (the attach socket).
 """

@@ -5,20 +5,16 @@ The socket lies where only its owner (or one group, when asked) can reach it, an
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import socket
-import stat
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
 
-from lmcache.errors import ConfigError
 from lmcache.wire import framing
 from lmcache.wire.messages import Attach, Attached, AttachRefused
+from lmcache.wire.unix_listener import UnixListener, prepare_folder
 
 VISITORS_MAX = 1024
 """Processes that may be attached, or on their way, at once."""
@@ -26,7 +22,6 @@ VISITORS_MAX = 1024
 SPEAK_S = 2.0
 """Who has not said what it wants this long after connecting is dropped."""
 
-_PATH_BYTES_MAX = 100  # the kernel allows 107, and the zmq endpoint beside the socket has a longer name
 _SO_PEERGROUPS = 59
 _CREDENTIALS = struct.Struct("=iii")
 _requests: msgspec.msgpack.Decoder[Attach] = msgspec.msgpack.Decoder(Attach)
@@ -45,33 +40,6 @@ def default_path(rpc_port: int, gid: int | None) -> str:
     else:
         folder = f"/tmp/lmcache-{os.geteuid()}"
     return os.path.join(folder, f"{rpc_port}.sock")
-
-
-def prepare_folder(path: str, gid: int | None) -> None:
-    """Make the folder of ``path`` if it is missing, and refuse one that others could have prepared.
-
-    Raises:
-        ConfigError: a link, another owner, or writable by others.
-    """
-    folder = os.path.dirname(path) or "."
-    if len(os.fsencode(path)) > _PATH_BYTES_MAX:
-        raise ConfigError(f"the attach path {path} is longer than {_PATH_BYTES_MAX} bytes: set a shorter --attach-path")
-    try:
-        os.mkdir(folder, 0o700)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise ConfigError(f"cannot make the folder of the attach socket {folder}: {error.strerror}") from None
-    else:
-        if gid is not None:
-            os.chown(folder, -1, gid)
-            os.chmod(folder, 0o710)
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError(f"the folder of the attach socket {folder} is a link or no folder")
-    shared = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
-    if shared or found.st_uid not in (os.geteuid(), 0):
-        raise ConfigError(f"the folder of the attach socket {folder} belongs to another user or is writable by others")
 
 
 @dataclass
@@ -133,52 +101,33 @@ class Door:
     """The listening attach socket."""
 
     def __init__(self, path: str, gid: int | None = None) -> None:
-        """Listen at ``path``; a socket file that nobody listens at any more is replaced.
+        """Listen at ``path``.
 
         Raises:
-            ConfigError: somebody listens there, or the path cannot be used.
+            ConfigError: somebody listens there, or the path or its folder cannot be used.
         """
         prepare_folder(path, gid)
-        _remove_stale(path)
-        self.path = path
         self._gid = gid
-        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.setblocking(False)
-        try:
-            with private_umask():
-                self._socket.bind(path)
-            share(path, gid)
-            self._socket.listen(128)
-        except OSError as error:
-            self._socket.close()
-            raise ConfigError(f"cannot make the attach socket {path}: {error.strerror}") from None
+        self._listener = UnixListener(path, gid)
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+        return self._listener.path
 
     def fileno(self) -> int:
         """The descriptor to wait on."""
-        return self._socket.fileno()
+        return self._listener.fileno()
 
     def accept(self, now: float) -> Visitor | None:
         """The next visitor, or None. Never waits. One who may not enter is let in to be told so."""
-        try:
-            connection, _ = self._socket.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away()
+        connection = self._listener.accept()
+        if connection is None:
             return None
-        connection.setblocking(False)
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, peer_gid = _CREDENTIALS.unpack(raw)
         may_enter = uid == os.geteuid() or self._in_group(connection, peer_gid)
         return Visitor(connection, pid, uid, now + SPEAK_S, may_enter)
-
-    def _turn_away(self) -> None:
-        """Out of descriptors: hang up on the next in line, who would else keep this socket ready for ever."""
-        os.close(self._spare_fd)
-        with contextlib.suppress(OSError):
-            connection, _ = self._socket.accept()
-            connection.close()
-        self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _in_group(self, connection: socket.socket, peer_gid: int) -> bool:
         if self._gid is None:
@@ -193,43 +142,4 @@ class Door:
 
     def close(self) -> None:
         """Stop listening and remove the socket file."""
-        self._socket.close()
-        os.close(self._spare_fd)
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
-
-
-@contextlib.contextmanager
-def private_umask() -> Iterator[None]:
-    """Files made inside are for their owner only. Process-wide: for start-up, before there are threads."""
-    before = os.umask(0o177)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def share(path: str, gid: int | None) -> None:
-    """Open a socket file to one group."""
-    if gid is not None:
-        os.chown(path, -1, gid)
-        os.chmod(path, 0o660)
-
-
-def _remove_stale(path: str) -> None:
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        raise ConfigError(f"{path} exists and is no socket: choose another --attach-path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError as error:
-            raise ConfigError(f"cannot tell who listens at {path}: {error.strerror or error}") from None
-    raise ConfigError(f"another server listens at {path}: stop it, or choose another --port or --attach-path")
+        self._listener.close()

@@ -13,7 +13,7 @@ from lmcache.keys import NAMESPACE_PREFIX_BYTES, TENANT_BYTES
 from lmcache.wire.message import Message
 from lmcache.wire.orders import Admit, Admitted, Enlist, Orders, Promoted, Publish, Work, Written
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 NO_EXTENT = (1 << 64) - 1
 """Offset that stands for "none" in a reply."""
@@ -23,6 +23,9 @@ KEYS_MAX = 8192
 
 FRAME_BYTES_MAX = 1 << 20
 """A larger frame costs its sender the connection."""
+
+IN_FLIGHT_MAX = 1024
+"""Requests of one client that may be unanswered at once."""
 
 TOKEN_BYTES = 16
 """Length of the secret that an attach hands out and a Hello presents."""
@@ -329,7 +332,7 @@ class Attached(msgspec.Struct, frozen=True, array_like=True, kw_only=True, tag="
     server: bytes
     instance: int
     token: bytes  # TOKEN_BYTES, presented in Hello
-    endpoint: str  # zmq endpoint on this machine: "ipc://..."
+    endpoint: str  # where to say it: "unix:///a/path"
     pool_bytes: int
     ready_bytes: int
     chunk_tokens: int

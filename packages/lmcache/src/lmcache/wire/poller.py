@@ -1,4 +1,4 @@
-"""Waiting for many things in one place: zmq sockets and file descriptors."""
+"""Waiting for many things in one place: zmq's sockets and file descriptors."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class Poller:
     def watch(self, fd: int) -> None:
         """Report ``fd`` when it is readable or its other end is gone."""
         self._epoll.register(fd, select.EPOLLIN)
+
+    def turn_to(self, fd: int, *, writable: bool) -> None:
+        """From now on report ``fd``, which is watched, when it can be written to instead of read from; or back."""
+        self._epoll.modify(fd, select.EPOLLOUT if writable else select.EPOLLIN)
 
     def forget(self, fd: int) -> None:
         """Stop watching ``fd``, which may be unknown already; call before closing it."""
