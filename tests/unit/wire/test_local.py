@@ -118,6 +118,30 @@ def test_who_does_not_read_is_not_heard_until_it_does_and_loses_nothing(world: W
     assert world.listener._held_bytes == 0
 
 
+def test_an_answer_that_takes_with_it_what_waited_lets_its_reader_be_heard_again(world: World) -> None:
+    client = world.connect()
+    client.sendall(framed(b"one", b"two"))
+    world.turn()
+    one = world.listener.receive()
+    assert one is not None
+    num_sent = 0
+    while not world.listener._peers[one.peer.fd].stream.has_unsent:  # type: ignore[attr-defined]
+        assert one.peer.send(BIG)
+        num_sent += 1
+    assert world.listener.receive() is None  # its answers are unread
+    left, answer = num_sent * len(framed(codec.encode(BIG))), m.Pong(1, ready_bytes=1)
+    while left > 200_000:
+        left -= len(client.recv(1 << 20))
+    assert one.peer.send(answer)
+    two = world.listener.receive()
+    assert two is not None
+    assert two.frame == b"two"
+    left += len(framed(codec.encode(answer)))
+    while left:
+        left -= len(client.recv(1 << 20))
+    assert world.poller.wait(0.05) == ([], [])  # and nothing turns in circles
+
+
 def test_who_leaves_while_answers_wait_is_forgotten(world: World) -> None:
     client = world.connect()
     client.sendall(framed(*[b"q"] * 20))

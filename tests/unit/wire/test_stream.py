@@ -101,6 +101,20 @@ def test_waiting_for_an_answer_sends_what_waits(pair: tuple[Stream, socket.socke
     assert stream.receive(WAIT_S) == b"early"
 
 
+def test_who_only_sends_and_looks_gets_a_long_request_through(pair: tuple[Stream, socket.socket]) -> None:
+    """A scheduler never waits: what its socket had no room for goes out when it looks for answers."""
+    stream, theirs = pair
+    other = Stream(theirs.dup())
+    assert stream.send(b"x" * 262_144)
+    assert stream.has_unsent
+    for _ in range(100):
+        assert stream.receive() is None
+        while other.read():
+            pass
+    assert other.receive() == b"x" * 262_144
+    other.close()
+
+
 def test_the_end_comes_after_all_that_was_said(pair: tuple[Stream, socket.socket]) -> None:
     stream, theirs = pair
     theirs.sendall(framed(b"one") + framed(b"two") + framed(b"never whole")[:7])

@@ -23,8 +23,8 @@ class Scale:
         self._page_bytes = os.sysconf("SC_PAGESIZE")
 
     def is_heavy(self, num_entries: int, held_bytes: int) -> bool:
-        """Whether there is too much besides the entries and ``held_bytes`` that are accounted for. Said once: the next look takes what it finds as the new normal, since freed memory
-        does not all return to the system."""
+        """Whether there is too much besides the entries and ``held_bytes`` that are accounted for. Said once: the next
+        look takes what it finds as the new normal, since freed memory does not all return to the system."""
         beyond = self._private_bytes() - num_entries * _ENTRY_BYTES - held_bytes
         if self._base_bytes is None:
             self._base_bytes = beyond
