@@ -40,7 +40,7 @@ from lmcache.layout import LayerGroup, Layout, Plane
 from lmcache.transfer import _native
 
 PROMPT_TOKENS = 4096
-L1_GB = 2.0
+L1_GB = 1.0
 SETTLE_S, SETTLE_PICKLE_S = 0.5, 3.0
 """After a cold request: its store must have ended before the prompt is asked again."""
 
