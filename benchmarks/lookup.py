@@ -2,8 +2,8 @@
 
     python benchmarks/lookup.py [--json PATH] [--upstream PYTHON] [--rounds 12] [--entries 1000,100000,1000000]
 
-Ours: pack and hash the tokens, one Lookup over ipc to a real server, the reply decoded, its chunks leased: the path of
-the connector's scheduler side (``SchedulerSession``), but that it waits instead of asking again at the next step.
+Ours: pack and hash the tokens, one Lookup to a real server, the reply decoded, its chunks leased: the path of the
+connector's scheduler side (``SchedulerSession``), but that it waits instead of asking again at the next step.
 "Hit": every chunk is held; "half": the first half; "miss": none. "New suffix": the keys of the prompt are known from
 the step before but for its last tokens, as they are to the connector. "Keys known": nothing is hashed at all.
 

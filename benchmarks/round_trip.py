@@ -2,10 +2,11 @@
 
     python benchmarks/round_trip.py [--json PATH] [--upstream PYTHON] [--rounds 60]
 
-Ours: ``Client.call(Ping)`` over ipc to a real server: encoded, sent, decoded and dispatched there, answered, decoded
-here, each with its checks. Bare echo: the same frame sizes from a pyzmq DEALER to a ROUTER over ipc and back, neither
-end doing anything else. Raw socket: the same over a unix stream socket. Upstream (lmcache 0.5.6): its client's `noop`,
-over tcp, since it has nothing else; it has no frame for an error, and checks nothing.
+Ours: ``Client.call(Ping)`` to a real server, as an engine's, over a unix stream socket: encoded, sent, decoded and
+dispatched there, answered, decoded here, each with its checks. Bare echo: the same frame sizes from a pyzmq DEALER to a
+ROUTER over ipc and back, neither end doing anything else. Raw socket: the same over a unix stream socket. Upstream
+(lmcache 0.5.6): its client's `noop`, over tcp, since it has nothing else; it has no frame for an error, and checks
+nothing.
 
 They take turns in one run, in blocks of 50 (what the bound is about: both ends awake, as under traffic) and one by one
 (each finds the other end asleep and the caches cold, as on an idle machine).
