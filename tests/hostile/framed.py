@@ -9,12 +9,12 @@ import socket
 import struct
 from collections.abc import Iterator
 
+from connection import WAIT_S, Connection
 from server_running import Server
 
 from lmcache.wire import codec
 from lmcache.wire import messages as m
 
-WAIT_S = 30.0
 LENGTH_BYTES = 4
 
 
@@ -34,8 +34,8 @@ def stopped(server: Server) -> Iterator[None]:
         server.process.send_signal(signal.SIGCONT)
 
 
-class Caller:
-    """One connection; bytes go out as they are given. Every wait ends after ``WAIT_S`` with a TimeoutError."""
+class Caller(Connection):
+    """One connection by path."""
 
     def __init__(self, path: str) -> None:
         """Raises OSError: nobody listens there, or lets nobody in."""
@@ -49,14 +49,6 @@ class Caller:
             self.socket.close()
             raise
         self.socket.settimeout(WAIT_S)
-
-    def send(self, data: bytes) -> None:
-        """Bytes as they are.
-
-        Raises:
-            OSError: the server hung up.
-        """
-        self.socket.sendall(data)
 
     def try_send(self, data: bytes) -> None:
         """Bytes as they are, as far as the server takes them before it hangs up."""
@@ -89,24 +81,3 @@ class Caller:
     def read_reply(self) -> m.Reply:
         """The reply that comes next."""
         return codec.decode_reply(self.read_frame())
-
-    def is_hung_up(self) -> bool:
-        """Whether the server has ended the connection, or does so within a generous time; what it said is dropped."""
-        try:
-            while self.socket.recv(1 << 16):
-                pass
-        except TimeoutError:
-            return False
-        except OSError:
-            return True
-        return True
-
-    def close(self) -> None:
-        """Leave without a word."""
-        self.socket.close()
-
-    def __enter__(self) -> Caller:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 
-WAIT_S = 30.0
+from connection import WAIT_S, Connection
 
 GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x01NULL" + b"\0" * 48
 """Signature, version 3.1, mechanism NULL, not as server: 64 bytes."""
@@ -27,8 +27,8 @@ def ready(kind: bytes = b"DEALER", identity: bytes = b"") -> bytes:
     return frame(b"\x05READY" + metadata, COMMAND)
 
 
-class Stranger:
-    """A connection after its handshake; bytes go out as they are given."""
+class Stranger(Connection):
+    """One by tcp, after its handshake."""
 
     def __init__(self, port: int, kind: bytes = b"DEALER", identity: bytes = b"") -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), WAIT_S)
@@ -68,32 +68,3 @@ class Stranger:
             body = self.read_exactly(length)
             if not flags & COMMAND:
                 return body
-
-    def send(self, data: bytes) -> None:
-        """Bytes as they are.
-
-        Raises:
-            OSError: the server hung up.
-        """
-        self.socket.sendall(data)
-
-    def is_hung_up(self) -> bool:
-        """Whether the server has ended the connection, or does so within a generous time."""
-        try:
-            while self.socket.recv(1 << 16):
-                pass
-        except TimeoutError:
-            return False
-        except OSError:
-            return True
-        return True
-
-    def close(self) -> None:
-        """Leave without a word."""
-        self.socket.close()
-
-    def __enter__(self) -> Stranger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
